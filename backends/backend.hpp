@@ -1,0 +1,193 @@
+// The seam that every way of programming an IOMMU stands behind.
+//
+// A Backend is an open interface (one /dev/iommu, one VFIO setup); a BackendSpace is one I/O address space in it: an
+// IOAS, a VFIO container, a sPAPR window set, or first-stage tables of our own. The engine gives a space whole batches:
+// one virtual call per batch, results per operation. Nothing here assumes that a map is a kernel call (in stage-1
+// mode it is a store), that the kernel keeps an object per map, or that an operation can be told from its neighbours in
+// time: when execute() returns, everything in it is final, invalidations included.
+//
+// The seam carries facts, not policy: overlap checks against the live index, merging, retries, accounting across
+// address spaces and the choice of backend belong to core/engine.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "iovane/result.hpp"
+#include "iovane/types.hpp"
+
+namespace iovane::backends {
+
+/// The kernel interface under a backend.
+enum class Interface : std::uint8_t {
+  iommufd,        ///< IOAS of /dev/iommu
+  type1_v2,       ///< VFIO container, VFIO_TYPE1v2_IOMMU
+  type1_v1,       ///< VFIO container, VFIO_TYPE1_IOMMU: unmap by first IOVA
+  compat_v2,      ///< type1 v2 calls on /dev/iommu's compatibility interface
+  compat_v1,      ///< type1 v1 calls on it: large IOPTEs are off
+  spapr_v1,       ///< VFIO container, VFIO_SPAPR_TCE_IOMMU
+  spapr_v2,       ///< VFIO container, VFIO_SPAPR_TCE_v2_IOMMU
+  stage1,         ///< first-stage tables of our own on a nesting parent
+};
+std::string_view to_string(Interface interface) noexcept;
+
+/// What a space can do. Queried once, after creation; attaching devices may change numbers, never bits.
+enum class Capability : std::uint32_t {
+  none = 0,
+  explicit_pin = 1U << 0,      ///< register_memory() pins; maps of it pin nothing more
+  copy_reuses_pin = 1U << 1,   ///< OpKind::copy is there: a map of registered memory without a second pin
+  cut_on_unmap = 1U << 2,      ///< an unmap may remove part of a mapping
+  replace_in_place = 1U << 3,  ///< OpKind::replace is atomic for the device
+  parallel_map = 1U << 4,      ///< execute() may be called by several threads for disjoint ranges
+  span_unmap = 1U << 5,        ///< one unmap may cover many mappings and holes
+  choose_window = 1U << 6,     ///< windows can be created and removed
+  promise_ranges = 1U << 7,    ///< promise() is enforced by the kernel on later attaches
+  file_memory = 1U << 8,       ///< regions can be fd + offset without a process address
+  dirty_tracking = 1U << 9,    ///< device writes can be recorded per page
+  mmio_memory = 1U << 10,      ///< device BARs (VM_PFNMAP) can be mapped: peer-to-peer
+  nesting = 1U << 11,          ///< two stages of translation
+  map_is_store = 1U << 12,     ///< no kernel call per map
+  unmap_all = 1U << 13,        ///< one call empties the space
+};
+constexpr Capability operator|(Capability a, Capability b) noexcept {
+  return static_cast<Capability>(static_cast<std::uint32_t>(a) | static_cast<std::uint32_t>(b));
+}
+constexpr bool has(Capability set, Capability bit) noexcept {
+  return (static_cast<std::uint32_t>(set) & static_cast<std::uint32_t>(bit)) != 0;
+}
+std::string_view to_string(Capability bit) noexcept;
+
+/// Facts about one space.
+struct SpaceFacts {
+  Interface interface = Interface::iommufd;
+  Capability capabilities = Capability::none;
+  Bytes granule{4096};               ///< smallest unit of IOVA and of memory
+  std::uint64_t page_sizes = 0;      ///< bit n: IOPTEs of 2^n bytes are possible; 0 when unknown before an attach
+  std::uint64_t entries_max = 0;     ///< live mappings that the kernel accepts; 0: no such limit
+};
+
+/// Memory that was registered with a space (or with the backend it belongs to). 0 is "none".
+struct RegionId {
+  std::uint32_t value = 0;
+  constexpr auto operator<=>(const RegionId&) const noexcept = default;
+};
+
+/// Memory to be registered: a range of this process, or of a file.
+struct MemoryRange {
+  void* address = nullptr;      ///< process address; null when `fd` alone describes the memory
+  Bytes length{};               ///< multiple of the granule
+  int fd = -1;                  ///< memfd, hugetlbfs file, dma-buf; -1 for none; borrowed until unregistered
+  std::uint64_t fd_offset = 0;
+};
+
+enum class OpKind : std::uint8_t {
+  map,      ///< make memory reachable at `range`
+  copy,     ///< the same for registered memory, through the region's pin
+  unmap,    ///< remove every mapping inside `range`; holes are fine
+  replace,  ///< `range` is mapped; make it lead to other memory without a gap
+};
+
+/// One operation of a batch. Plain data; the memory it names stays the caller's until its unmap completed.
+struct BackendOp {
+  OpKind kind = OpKind::map;
+  Access access = Access::none;  ///< map, copy, replace
+  RegionId region{};             ///< where `memory` points: 0 = process address, otherwise offset into the region
+  IovaRange range{};
+  std::uint64_t memory = 0;      ///< process address or region offset; ignored by unmap
+};
+
+/// The verdict on one operation. A failed unmap may have removed part: `bytes` says how much is known to be gone.
+struct BackendOpResult {
+  Error error{};
+  Bytes bytes{};  ///< unmap: what was removed; map: the length
+};
+
+/// Which device to attach. Descriptors win over paths, and with them nothing is opened by path.
+struct DeviceSource {
+  std::string pci_address;   ///< "0000:00:03.0"; needed for type1 even with descriptors, to name the device
+  int cdev_fd = -1;          ///< open VFIO device cdev (iommufd)
+  int group_fd = -1;         ///< open VFIO group (type1, sPAPR)
+};
+
+/// An attached device. Ids are never reused within a space.
+struct DeviceId {
+  std::uint32_t value = 0;
+  constexpr auto operator<=>(const DeviceId&) const noexcept = default;
+};
+struct AttachedDevice {
+  DeviceId id{};
+  std::string name;               ///< PCI address, or "cdev fd N"
+  int device_fd = -1;             ///< for BARs and interrupts; owned by the space, valid until detach
+  std::vector<IovaRange> reserved;///< what this device's group takes out of the space, as far as the host says
+};
+
+/// What a space must look like from the start.
+struct SpaceOptions {
+  bool large_iopte = true;        ///< false forces granule-sized IOPTEs where the kernel allows it (measurement)
+  bool dirty_tracking = false;    ///< refuse devices that cannot track
+};
+
+/// How much the kernel still accepts. Numbers are what the host reports now, not a promise.
+struct Headroom {
+  std::optional<std::uint64_t> entries;       ///< further live mappings
+  std::optional<Bytes> memlock;               ///< further pinned bytes under the limit; nothing when unlimited
+};
+
+/// One I/O address space. Threads: execute() as Capability::parallel_map says, otherwise one thread at a time; all
+/// other calls are control plane, one thread at a time and not concurrent with execute() unless said otherwise.
+class BackendSpace {
+ public:
+  virtual ~BackendSpace() = default;  ///< unmaps, detaches and closes; cannot fail
+  BackendSpace() = default;
+  BackendSpace(const BackendSpace&) = delete;
+  BackendSpace& operator=(const BackendSpace&) = delete;
+
+  virtual const SpaceFacts& facts() const noexcept = 0;
+
+  /// Runs a batch in order of `ops`. results.size() >= ops.size(); result i belongs to op i. One operation's failure
+  /// never stops or spoils another. Preconditions (checked by the engine): ranges are granule-aligned and inside
+  /// usable ranges; maps overlap nothing live; unmaps cut nothing. A map is all or nothing.
+  /// Blocks as long as the kernel does. Does not allocate.
+  virtual void execute(std::span<const BackendOp> ops, std::span<BackendOpResult> results) noexcept = 0;
+  /// Removes everything; the result is the number of bytes removed. Succeeds on an empty space.
+  virtual Result<Bytes> unmap_all() noexcept = 0;
+
+  /// Prepares memory for many maps: pins it where the interface can (explicit_pin), otherwise only remembers it.
+  virtual Result<RegionId> register_memory(const MemoryRange& memory) = 0;
+  /// Busy while mappings of the region live.
+  virtual Result<void> unregister_memory(RegionId region) = 0;
+
+  /// Brings a device in; may narrow usable_ranges(). Undoes itself on failure.
+  virtual Result<AttachedDevice> attach(const DeviceSource& source) = 0;
+  virtual Result<void> detach(DeviceId device) = 0;
+
+  /// IOVAs that can be mapped now, sorted, disjoint. Changes with every attach and detach.
+  virtual Result<std::vector<IovaRange>> usable_ranges() = 0;
+  /// Promises that `ranges` stay usable: later attaches that would take from them fail. Unsupported where the kernel
+  /// has no such call (the engine then checks by itself).
+  virtual Result<void> promise(std::span<const IovaRange> ranges) = 0;
+  virtual Headroom headroom() noexcept = 0;
+};
+
+/// An open interface.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+
+  virtual Interface interface() const noexcept = 0;
+  /// A new, empty space. The backend outlives it.
+  virtual Result<std::unique_ptr<BackendSpace>> create_space(const SpaceOptions& options) = 0;
+  /// Moves an attached device between two spaces of this backend without a moment in which it translates through
+  /// neither, where the interface can (iommufd); unsupported elsewhere.
+  virtual Result<AttachedDevice> move_device(BackendSpace& from, DeviceId device, BackendSpace& to) = 0;
+};
+
+}  // namespace iovane::backends
