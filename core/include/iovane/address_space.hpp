@@ -1,0 +1,157 @@
+// AddressSpace: what a set of devices can reach.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "iovane/config.hpp"
+#include "iovane/queue.hpp"
+#include "iovane/request.hpp"
+#include "iovane/result.hpp"
+#include "iovane/stats.hpp"
+#include "iovane/types.hpp"
+
+namespace iovane {
+
+namespace engine {
+class SpaceCore;
+}
+
+/// Facts about an address space that do not change while it lives (sizes and limits are as of the last attach).
+struct AddressSpaceFacts {
+  std::string backend;            ///< as in EngineConfig::backend, never "auto"
+  Bytes granule{};                ///< every address and length is a multiple of it
+  std::uint64_t page_sizes = 0;   ///< bit n: hardware entries of 2^n bytes; 0 before the first attach
+  std::uint64_t entries_max = 0;  ///< live mappings that the kernel accepts; 0: no such limit
+  bool replace_is_atomic = false;
+  bool unmap_may_cut = false;     ///< the backend could cut mappings; the engine still refuses to by default
+  bool register_pins = false;     ///< registered memory is pinned once, and maps of it pin nothing more
+};
+
+/// A live mapping as the engine's index knows it.
+struct MappingInfo {
+  IovaRange range{};
+  MemoryPiece memory{};      ///< of a scatter list: the first piece
+  Access access = Access::none;
+  MappingId mapping{};
+  bool quarantined = false;  ///< its unmap failed; the range is out of use for good
+};
+
+/// An attached device.
+struct DeviceInfo {
+  std::uint32_t id = 0;            ///< for detach(); never reused within the address space
+  std::string name;
+  int device_fd = -1;              ///< VFIO device descriptor; owned by the address space, valid until detach
+  std::vector<IovaRange> reserved; ///< what it takes out of the address space
+};
+
+class AddressSpace;
+
+/// Registered memory, unregistered by the destructor; mappings of it that still live keep it registered until they are
+/// gone. Move-only.
+class Memory {
+ public:
+  Memory() noexcept = default;
+  Memory(Memory&&) noexcept;
+  Memory& operator=(Memory&&) noexcept;
+  ~Memory();
+
+  MemoryId id() const noexcept { return id_; }
+  Bytes length() const noexcept { return length_; }
+  /// `length` bytes at `offset`, to be mapped.
+  MemoryPiece piece(Bytes offset, Bytes length) const noexcept { return MemoryPiece::within(id_, offset, length); }
+  explicit operator bool() const noexcept { return static_cast<bool>(id_); }
+
+ private:
+  friend class AddressSpace;
+  std::shared_ptr<engine::SpaceCore> space_;
+  MemoryId id_{};
+  Bytes length_{};
+};
+
+/// A lease on a live mapping: the destructor unmaps it. Move-only; may be destroyed on any thread. A failed unmap
+/// cannot be returned from a destructor; it shows in Stats::quarantined_mappings. Use unmap() to see the error.
+class Mapping {
+ public:
+  Mapping() noexcept = default;
+  Mapping(Mapping&&) noexcept;
+  Mapping& operator=(Mapping&&) noexcept;
+  ~Mapping();
+
+  Iova iova() const noexcept { return range_.start; }
+  IovaRange range() const noexcept { return range_; }
+  MappingId id() const noexcept { return id_; }
+  explicit operator bool() const noexcept { return static_cast<bool>(id_); }
+
+  /// Unmaps now and reports. The lease is empty afterwards, whatever happened.
+  Result<Bytes> unmap() noexcept;
+  /// Gives the mapping up without unmapping it; it lives on under its id.
+  MappingId release() noexcept;
+
+ private:
+  friend class AddressSpace;
+  std::shared_ptr<engine::SpaceCore> space_;
+  MappingId id_{};
+  IovaRange range_{};
+};
+
+/// Memory to register: a range of this process, or of a file. Borrowed until unregistered.
+struct MemoryConfig {
+  void* address = nullptr;     ///< null when `fd` alone describes it (needs a backend with file memory)
+  Bytes length{};
+  int fd = -1;
+  std::uint64_t fd_offset = 0;
+};
+
+/// One IOAS, one VFIO container, or one set of windows. Any thread, except that attach and detach are control plane:
+/// they wait for running batches. Destroying it unmaps everything and detaches its devices; queues, leases and
+/// registered memories that outlive it stay safe to use and answer Errc::closed.
+class AddressSpace {
+ public:
+  AddressSpace() noexcept = default;
+  AddressSpace(AddressSpace&&) noexcept;
+  AddressSpace& operator=(AddressSpace&&) noexcept;
+  ~AddressSpace();
+
+  const AddressSpaceFacts& facts() const noexcept;
+
+  /// Brings a device in. May narrow usable_ranges(); refused when that would take away a live mapping or a promise.
+  Result<DeviceInfo> attach(const DeviceConfig& device);
+  Result<void> detach(std::uint32_t device_id);
+  /// IOVAs that can be mapped, sorted and disjoint: a snapshot.
+  Result<std::vector<IovaRange>> usable_ranges() const;
+
+  /// Registers memory for many maps: pinned once where the backend can.
+  Result<Memory> register_memory(const MemoryConfig& memory);
+
+  Result<Queue> open_queue(const QueueConfig& config = {});
+
+  /// One operation, waited for, on the same path as the queues'.
+  Completion map(const MapRequest& request) noexcept;
+  Completion unmap(const UnmapRequest& request) noexcept;
+  Completion replace(const ReplaceRequest& request) noexcept;
+  /// A map whose lease unmaps it.
+  Result<Mapping> map_lease(const MapRequest& request) noexcept;
+  /// Makes a lease of a mapping, for instance one from a completion; stale_handle when it is gone.
+  Result<Mapping> adopt(MappingId mapping) noexcept;
+  /// Removes everything; the number of bytes removed.
+  Result<Bytes> unmap_all() noexcept;
+
+  /// The mapping that covers an address; not_found when none does.
+  Result<MappingInfo> find(Iova iova) const noexcept;
+  /// Calls `visit` for every mapping that overlaps `range`, in address order, until it returns false. Batches wait
+  /// meanwhile: do not submit from inside.
+  void for_each(IovaRange range, const std::function<bool(const MappingInfo&)>& visit) const;
+  Stats stats() const noexcept;
+
+ private:
+  friend class Engine;
+  explicit AddressSpace(std::shared_ptr<engine::SpaceCore> core) noexcept;
+  std::shared_ptr<engine::SpaceCore> core_;
+};
+
+}  // namespace iovane
