@@ -1,0 +1,130 @@
+"""What the lab can boot: one Machine per kind of emulated computer.
+
+To add an architecture: add a Machine here, its kernel's configuration to config/ (or name Debian's own kernel), and
+its exact known warnings. Nothing else in the lab names an architecture.
+"""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .debian import Suite
+from .report import LabError
+
+EDU = "1234:11e8"  # QEMU's educational device: the DMA witness
+EDU_OPTIONS = "dma_mask=0xffffffffffffffff"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked of the machine, in words that every architecture shares."""
+
+    cpus: int
+    nodes: int
+    memory_mib: int
+    edu: int
+    iommu: str
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A kernel built from a Debian source package and a file in config/."""
+
+    package: str
+    suite: Suite
+    config: str
+    make_architecture: str
+    cross: str  # compiler prefix, empty for the host's own
+    image: str  # what make leaves, and the make target is its last part
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    architecture: str  # as the lab names it; ELF_MACHINES in libraries has the same names
+    emulator: str
+    arguments: Callable[[Wish], list[str]]  # QEMU's, without memory, CPUs, kernel and the lab's own devices
+    kernel: BuiltKernel
+    command_line: Callable[[Wish], str]  # the kernel's
+    iommus: tuple[str, ...]  # accepted values of --iommu; the first is the default
+    compiler: str  # a C compiler that makes static programs for the guest
+    cross_libraries: str  # where that compiler's shared libraries are; empty on the host's own architecture
+    packages: tuple[str, ...]  # Debian packages to run it
+    build_packages: tuple[str, ...]  # and those to make its kernel
+    known_warnings: tuple[str, ...] = ()  # texts of warnings that this machine's kernel always prints
+
+
+def host_architecture() -> str:
+    return {"x86_64": "x86_64", "ppc64le": "ppc64le", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
+def _numa(wish: Wish) -> list[str]:
+    """Memory and CPUs, dealt out evenly over the nodes. A node is a socket: Linux warns about nodes that split one."""
+    cores = wish.cpus // wish.nodes
+    arguments = ["-smp", f"cpus={wish.cpus},sockets={wish.nodes},cores={cores},threads=1", "-m", f"{wish.memory_mib}M"]
+    if wish.nodes == 1:
+        return arguments
+    for node in range(wish.nodes):
+        arguments += ["-object", f"memory-backend-ram,id=node{node},size={wish.memory_mib // wish.nodes}M"]
+        arguments += ["-numa", f"node,nodeid={node},memdev=node{node},cpus={node * cores}-{(node + 1) * cores - 1}"]
+    return arguments
+
+
+_BUILD_TOOLS = ("gcc", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "xz-utils")
+
+
+def _x86_arguments(wish: Wish) -> list[str]:
+    arguments = ["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max", "-nodefaults", *_numa(wish)]
+    if wish.iommu != "none":
+        scalable = ",x-scalable-mode=on" if wish.iommu == "scalable" else ""
+        # Without interrupt remapping type1 refuses every group.
+        arguments += ["-device", f"intel-iommu,intremap=on,caching-mode=off,aw-bits=48{scalable}"]
+    for _ in range(wish.edu):
+        arguments += ["-device", f"edu,{EDU_OPTIONS}"]
+    return arguments
+
+
+def _x86_command_line(wish: Wish) -> str:
+    mode = {"legacy": "on,sm_off", "scalable": "on,sm_on", "none": "off"}[wish.iommu]
+    return f"console=ttyS0 iommu.passthrough=0 iommu.strict=1 intel_iommu={mode}"
+
+
+MACHINES = (
+    Machine(
+        name="q35",
+        architecture="x86_64",
+        emulator="qemu-system-x86_64",
+        arguments=_x86_arguments,
+        kernel=BuiltKernel("linux-source-6.12", Suite("bookworm-security", "amd64"), "x86_64.config", "x86_64", "", "arch/x86/boot/bzImage"),
+        command_line=_x86_command_line,
+        iommus=("legacy", "scalable", "none"),
+        compiler="x86_64-linux-gnu-gcc",
+        cross_libraries="",
+        packages=("qemu-system-x86", "gcc", "libc6-dev", "binutils"),
+        build_packages=_BUILD_TOOLS,
+    ),
+)
+
+
+def find(architecture: str, name: str | None) -> Machine:
+    """The machine of that name, or the architecture's first one."""
+    fitting = [machine for machine in MACHINES if machine.architecture == architecture]
+    for machine in fitting:
+        if name in (None, machine.name):
+            return machine
+    known = ", ".join(f"{machine.architecture}/{machine.name}" for machine in MACHINES)
+    raise LabError(f"no machine {architecture}/{name or '*'}; there are {known}")
+
+
+def check(wish: Wish, machine: Machine) -> None:
+    if wish.iommu not in machine.iommus:
+        raise LabError(f"{machine.name} has no IOMMU mode {wish.iommu!r}; it has {', '.join(machine.iommus)}")
+    if wish.nodes < 1 or wish.cpus < 1 or wish.cpus % wish.nodes or wish.memory_mib % wish.nodes:
+        raise LabError("at least one NUMA node, and CPUs and memory that divide evenly among the nodes")
+    if wish.memory_mib < 256 * wish.nodes:
+        raise LabError("at least 256 MiB of memory for each NUMA node")
+
+
+def cross_root(machine: Machine) -> Path | None:
+    return Path(machine.cross_libraries) if machine.cross_libraries else None
