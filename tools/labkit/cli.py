@@ -189,10 +189,10 @@ def _run(options) -> int:
         allowed=options.allow,
         console=options.console,
     )
-    image = options.kernel or kernel.get(chosen, _extra_config(options)).image
-    if not image.is_file():
-        raise LabError(f"no kernel {image}")
-    outcome = guest.run(job, chosen, image)
+    if options.kernel and not options.kernel.is_file():
+        raise LabError(f"no kernel {options.kernel}")
+    booted = kernel.Kernel(options.kernel, "given") if options.kernel else kernel.get(chosen, _extra_config(options))
+    outcome = guest.run(job, chosen, booted)
     if outcome.status == guest.EXIT_LAB or (outcome.status == guest.EXIT_TIMEOUT):
         sys.stderr.write("lab: the end of the kernel's console:\n" + "\n".join(outcome.console.splitlines()[-40:]) + "\n")
     if outcome.remark:

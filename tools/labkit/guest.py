@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import cache, dmesg, initramfs, libraries
+from .kernel import Kernel
 from .machine import Machine, Wish, cross_root, host_architecture
 from .report import LabError, say
 
@@ -62,11 +63,11 @@ class Outcome:
     console: str = ""
 
 
-def run(job: Job, machine: Machine, image: Path) -> Outcome:
+def run(job: Job, machine: Machine, kernel: Kernel) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="iovane-lab-") as name:
         directory = Path(name)
-        _write_initramfs(directory / "initramfs", job, machine)
-        return _Session(job, machine, image, directory).follow()
+        _write_initramfs(directory / "initramfs", job, machine, kernel.modules)
+        return _Session(job, machine, kernel.image, directory).follow()
 
 
 # ---- what the guest is given
@@ -88,7 +89,7 @@ def init_program(machine: Machine) -> Path:
     return cache.entry(f"init/{machine.architecture}-{digest}", build) / "init"
 
 
-def _write_initramfs(path: Path, job: Job, machine: Machine) -> None:
+def _write_initramfs(path: Path, job: Job, machine: Machine, modules: tuple[Path, ...]) -> None:
     with open(path, "wb") as stream:
         archive = initramfs.Writer(stream)
         archive.console()
@@ -96,7 +97,9 @@ def _write_initramfs(path: Path, job: Job, machine: Machine) -> None:
         library_directories: set[str] = set()
         for source, target in [(job.program, str(job.program)), *job.files]:
             _add(archive, source, target, machine, library_directories)
-        archive.data("lab/job", _job_records(job, library_directories))
+        for module in modules:
+            archive.file(f"lab/modules/{module.name}", module)
+        archive.data("lab/job", _job_records(job, modules, library_directories))
         archive.finish()
 
 
@@ -119,7 +122,7 @@ def _add(archive: initramfs.Writer, source: Path, target: str, machine: Machine,
             library_directories.add(str(guest.parent))
 
 
-def _job_records(job: Job, library_directories: set[str]) -> bytes:
+def _job_records(job: Job, modules: tuple[Path, ...], library_directories: set[str]) -> bytes:
     environment = {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
@@ -130,6 +133,7 @@ def _job_records(job: Job, library_directories: set[str]) -> bytes:
     environment |= job.environment
     records = [("arg", argument) for argument in (str(job.program), *job.arguments)]
     records += [("env", f"{name}={value}") for name, value in environment.items()]
+    records += [("module", f"/lab/modules/{module.name}") for module in modules]
     records += [("bind", device) for device in job.bind]
     records += [("bring", path) for path in ("/out", *job.bring)]
     if job.dma_entry_limit is not None:
@@ -181,7 +185,8 @@ class _Session:
         command += ["-display", "none", "-monitor", "none", "-no-reboot", "-no-user-config"]
         command += ["-chardev", f"file,id=console,path={self.directory / 'console'}", "-serial", "chardev:console"]
         command += ["-chardev", f"socket,id=lab,path={self.directory / 'port'}"]
-        command += ["-device", "virtio-serial-pci,id=lab", "-device", "virtserialport,bus=lab.0,chardev=lab,name=iovane.lab"]
+        bus = f",bus={self.machine.port_bus}" if self.machine.port_bus else ""
+        command += ["-device", f"virtio-serial-pci,id=lab{bus}", "-device", "virtserialport,bus=lab.0,chardev=lab,name=iovane.lab"]
         for device in self.job.devices:
             command += ["-device", device]
         command += ["-kernel", str(self.image), "-initrd", str(self.directory / "initramfs"), "-append", " ".join(words)]

@@ -40,18 +40,27 @@ class BuiltKernel:
 
 
 @dataclass(frozen=True)
+class PackagedKernel:
+    """Debian's own kernel, as its package has it."""
+
+    package: str  # a regular expression on the package's name, which carries the version; the highest is taken
+    suite: Suite
+    modules: tuple[str, ...]  # to be loaded in the guest, each after what it depends on
+
+
+@dataclass(frozen=True)
 class Machine:
     name: str
     architecture: str  # as the lab names it; ELF_MACHINES in libraries has the same names
     emulator: str
     arguments: Callable[[Wish], list[str]]  # QEMU's, without memory, CPUs, kernel and the lab's own devices
-    kernel: BuiltKernel
+    kernel: BuiltKernel | PackagedKernel
     command_line: Callable[[Wish], str]  # the kernel's
     iommus: tuple[str, ...]  # accepted values of --iommu; the first is the default
     compiler: str  # a C compiler that makes static programs for the guest
     cross_libraries: str  # where that compiler's shared libraries are; empty on the host's own architecture
-    packages: tuple[str, ...]  # Debian packages to run it
-    build_packages: tuple[str, ...]  # and those to make its kernel
+    packages: tuple[str, ...]  # Debian packages to make its kernel ready and to run it
+    port_bus: str = ""  # where the lab's own device goes; empty for QEMU's choice
     known_warnings: tuple[str, ...] = ()  # texts of warnings that this machine's kernel always prints
 
 
@@ -71,7 +80,7 @@ def _numa(wish: Wish) -> list[str]:
     return arguments
 
 
-_BUILD_TOOLS = ("gcc", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "xz-utils")
+_BUILD_TOOLS = ("make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "xz-utils")
 
 
 def _x86_arguments(wish: Wish) -> list[str]:
@@ -90,6 +99,40 @@ def _x86_command_line(wish: Wish) -> str:
     return f"console=ttyS0 iommu.passthrough=0 iommu.strict=1 intel_iommu={mode}"
 
 
+# What QEMU's software emulation does not offer of a real POWER9; without these it refuses to start or prints a warning each.
+_PSERIES = "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
+_PPC_SUITE = Suite("trixie", "ppc64el")
+_PPC_KERNEL = r"linux-image-6\.12\.[0-9]+\+deb13-powerpc64le"
+_PPC_MODULES = ("vfio_iommu_spapr_tce", "vfio_pci")
+_PPC_PACKAGES = ("qemu-system-ppc", "gcc-powerpc64le-linux-gnu", "libc6-dev-ppc64el-cross", "binutils", "xz-utils")
+
+_PSERIES_WARNINGS = ("WARNING: nvram corruption detected: 0-length partition",)  # the emulated nvram starts empty
+_POWERNV_WARNINGS = ()
+
+
+def _pseries_arguments(wish: Wish, machine: str = _PSERIES) -> list[str]:
+    arguments = ["-machine", machine, "-accel", "tcg", "-cpu", "POWER9", "-nodefaults", *_numa(wish)]
+    for index in range(1, wish.edu + 1):  # one IOMMU group per host bridge: each device gets a bridge of its own
+        arguments += ["-device", f"spapr-pci-host-bridge,index={index},id=phb{index}", "-device", f"edu,bus=phb{index}.0,{EDU_OPTIONS}"]
+    return arguments
+
+
+def _pseries_kvm_arguments(wish: Wish) -> list[str]:
+    return _pseries_arguments(wish, f"{_PSERIES},cap-nested-hv=on")
+
+
+def _powernv_arguments(wish: Wish) -> list[str]:
+    # -nodefaults would take the host bridges away. The lab's own port goes to the last bridge.
+    arguments = ["-machine", "powernv9", "-accel", "tcg", "-cpu", "POWER9", "-net", "none", *_numa(wish)]
+    for index in range(wish.edu):
+        arguments += ["-device", f"edu,bus=pcie.{index},{EDU_OPTIONS}"]
+    return arguments
+
+
+def _ppc_command_line(wish: Wish) -> str:
+    return "console=hvc0 nowatchdog"  # on a busy host an emulated CPU may well stand still for a while
+
+
 MACHINES = (
     Machine(
         name="q35",
@@ -101,8 +144,49 @@ MACHINES = (
         iommus=("legacy", "scalable", "none"),
         compiler="x86_64-linux-gnu-gcc",
         cross_libraries="",
-        packages=("qemu-system-x86", "gcc", "libc6-dev", "binutils"),
-        build_packages=_BUILD_TOOLS,
+        packages=("qemu-system-x86", "gcc", "libc6-dev", "binutils", *_BUILD_TOOLS),
+    ),
+    Machine(
+        name="pseries",
+        architecture="ppc64le",
+        emulator="qemu-system-ppc64",
+        arguments=_pseries_arguments,
+        kernel=PackagedKernel(_PPC_KERNEL, _PPC_SUITE, _PPC_MODULES),
+        command_line=_ppc_command_line,
+        iommus=("tce",),
+        compiler="powerpc64le-linux-gnu-gcc",
+        cross_libraries="/usr/powerpc64le-linux-gnu/lib",
+        packages=_PPC_PACKAGES,
+        port_bus="pci.0",
+        known_warnings=_PSERIES_WARNINGS,
+    ),
+    Machine(
+        name="pseries-kvm",
+        architecture="ppc64le",
+        emulator="qemu-system-ppc64",
+        arguments=_pseries_kvm_arguments,
+        kernel=PackagedKernel(_PPC_KERNEL, _PPC_SUITE, (*_PPC_MODULES, "kvm", "kvm_hv")),
+        command_line=_ppc_command_line,
+        iommus=("tce",),
+        compiler="powerpc64le-linux-gnu-gcc",
+        cross_libraries="/usr/powerpc64le-linux-gnu/lib",
+        packages=_PPC_PACKAGES,
+        port_bus="pci.0",
+        known_warnings=_PSERIES_WARNINGS,
+    ),
+    Machine(
+        name="powernv9",
+        architecture="ppc64le",
+        emulator="qemu-system-ppc64",
+        arguments=_powernv_arguments,
+        kernel=PackagedKernel(_PPC_KERNEL, _PPC_SUITE, _PPC_MODULES),
+        command_line=_ppc_command_line,
+        iommus=("tce",),
+        compiler="powerpc64le-linux-gnu-gcc",
+        cross_libraries="/usr/powerpc64le-linux-gnu/lib",
+        packages=_PPC_PACKAGES,
+        port_bus="pcie.5",
+        known_warnings=_POWERNV_WARNINGS,
     ),
 )
 
