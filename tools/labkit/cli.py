@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from . import cache, guest, host, kernel, machine
+from . import cache, emulator, guest, host, kernel, machine
 from .report import LabError, say
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -202,6 +202,7 @@ def _run(options) -> int:
 
 def _kernel(options) -> int:
     chosen = machine.find(options.arch, options.machine)
+    emulator.command(chosen)  # a newer emulator may have to come too
     print(kernel.get(chosen, _extra_config(options), options.refresh).image)
     return 0
 

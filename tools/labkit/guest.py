@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cache, dmesg, initramfs, libraries
+from . import cache, dmesg, emulator, initramfs, libraries
 from .kernel import Kernel
 from .machine import Machine, Wish, cross_root, host_architecture
 from .report import LabError, say
@@ -64,10 +64,11 @@ class Outcome:
 
 
 def run(job: Job, machine: Machine, kernel: Kernel) -> Outcome:
+    emulator_words = emulator.command(machine)
     with tempfile.TemporaryDirectory(prefix="iovane-lab-") as name:
         directory = Path(name)
         _write_initramfs(directory / "initramfs", job, machine, kernel.modules)
-        return _Session(job, machine, kernel.image, directory).follow()
+        return _Session(job, machine, directory).follow(emulator_words, kernel.image)
 
 
 # ---- what the guest is given
@@ -147,23 +148,22 @@ def _job_records(job: Job, modules: tuple[Path, ...], library_directories: set[s
 class _Session:
     """One emulator from start to end."""
 
-    def __init__(self, job: Job, machine: Machine, image: Path, directory: Path):
+    def __init__(self, job: Job, machine: Machine, directory: Path):
         self.job = job
         self.machine = machine
-        self.image = image
         self.directory = directory
         self.verdict = ""
         self.timed_out = False
         self.archive = open(directory / "returned", "w+b")  # noqa: SIM115 - closed with the session
         self.connection: socket.socket | None = None
 
-    def follow(self) -> Outcome:
+    def follow(self, emulator_words: list[str], image: Path) -> Outcome:
         with socket.socket(socket.AF_UNIX) as listener, self.archive:
             listener.bind(str(self.directory / "port"))
             listener.listen(1)
             self.deadline = time.monotonic() + self.job.timeout_s
             with open(self.directory / "emulator.log", "wb") as log:
-                self.emulator = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                self.process = subprocess.Popen(self._command(emulator_words, image), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
                 self._accept(listener)
                 self._read_frames()
@@ -171,17 +171,15 @@ class _Session:
             finally:
                 if self.connection:
                     self.connection.close()
-                self.emulator.kill()
-                self.emulator.wait()
+                self.process.kill()
+                self.process.wait()
             returned = self._unpack()
         return self._judge(returned)
 
-    def _command(self) -> list[str]:
-        if not shutil.which(self.machine.emulator):
-            raise LabError(f"{self.machine.emulator} is missing; tools/lab doctor says how to install it")
+    def _command(self, emulator_words: list[str], image: Path) -> list[str]:
         wish = self.job.wish
         words = [self.machine.command_line(wish), "panic=-1", "rcupdate.rcu_cpu_stall_timeout=60", *self.job.command_line]
-        command = [self.machine.emulator, *self.machine.arguments(wish)]
+        command = [*emulator_words, *self.machine.arguments(wish)]
         command += ["-display", "none", "-monitor", "none", "-no-reboot", "-no-user-config"]
         command += ["-chardev", f"file,id=console,path={self.directory / 'console'}", "-serial", "chardev:console"]
         command += ["-chardev", f"socket,id=lab,path={self.directory / 'port'}"]
@@ -189,7 +187,7 @@ class _Session:
         command += ["-device", f"virtio-serial-pci,id=lab{bus}", "-device", "virtserialport,bus=lab.0,chardev=lab,name=iovane.lab"]
         for device in self.job.devices:
             command += ["-device", device]
-        command += ["-kernel", str(self.image), "-initrd", str(self.directory / "initramfs"), "-append", " ".join(words)]
+        command += ["-kernel", str(image), "-initrd", str(self.directory / "initramfs"), "-append", " ".join(words)]
         command += self.job.emulator_arguments
         # The emulator must not outlive this process, however that ends.
         return ["setpriv", "--pdeathsig", "KILL", "--", *command]
@@ -200,7 +198,7 @@ class _Session:
             try:
                 self.connection, _ = listener.accept()
             except TimeoutError:
-                if self.emulator.poll() is not None or time.monotonic() > self.deadline:
+                if self.process.poll() is not None or time.monotonic() > self.deadline:
                     raise LabError(f"the emulator did not start:\n{self._emulator_log()}") from None
 
     def _read_frames(self) -> None:
@@ -262,7 +260,7 @@ class _Session:
 
     def _await_power_off(self) -> None:
         try:
-            self.emulator.wait(POWER_OFF_GRACE_S if self.verdict or not self.timed_out else 0.5)
+            self.process.wait(POWER_OFF_GRACE_S if self.verdict or not self.timed_out else 0.5)
         except subprocess.TimeoutExpired:
             pass
 

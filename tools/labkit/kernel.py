@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import cache, debian
-from .machine import BuiltKernel, Machine, PackagedKernel
+from .machine import BuiltKernel, Edit, Machine, PackagedKernel
 from .report import LabError, Progress, say
 
 RECIPE = 1  # to be raised when the steps of _build change what comes out
@@ -67,37 +67,48 @@ def get(machine: Machine, extra_config: str = "", refresh: bool = False) -> Kern
 
 
 def _built(recipe: BuiltKernel, extra_config: str, refresh: bool) -> Kernel:
-    wanted = wanted_lines((CONFIG_DIRECTORY / recipe.config).read_text() + extra_config)
-    version = _source_version(recipe, refresh)
-    identity = json.dumps([RECIPE, asdict(recipe), version, sorted(wanted)], sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    config = "".join((CONFIG_DIRECTORY / name).read_text() for name in recipe.configs) + extra_config
+    wanted = sorted(set(wanted_lines(config)))
+    package, version = _source_version(recipe, refresh)
+    what = [RECIPE, recipe.make_architecture, recipe.cross, recipe.image, [asdict(edit) for edit in recipe.edits], package, version, wanted]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     directory = cache.entry(
         f"kernels/{recipe.make_architecture}-{version}-{digest}",
-        lambda empty: _build(recipe, version, wanted, empty),
+        lambda empty: _build(recipe, package, version, wanted, empty),
     )
     return Kernel(directory / Path(recipe.image).name, version)
 
 
-def _source_version(recipe: BuiltKernel, refresh: bool) -> str:
-    """The newest source in the cache, so that a kernel stays the same until somebody asks for another."""
-    kept = [path for path in (cache.root() / "sources").glob(f"{recipe.package}_*") if (path / "source.deb").exists()]
+def _source_version(recipe: BuiltKernel, refresh: bool) -> tuple[str, str]:
+    """(package, version) of the newest source in the cache, so that a kernel stays the same until somebody asks for another."""
+    kept = [path for path in (cache.root() / "sources").glob("*_*") if re.fullmatch(recipe.package, path.name.split("_")[0])]
     if kept and not refresh:
-        return max(kept, key=lambda path: path.stat().st_mtime).name.split("_", 1)[1]
+        package, version = max(kept, key=lambda path: path.stat().st_mtime).name.split("_", 1)
+        return package, version
     debian.update(recipe.suite)
-    return debian.candidate(recipe.package, recipe.suite)
+    package = debian.newest(recipe.package, recipe.suite)
+    return package, debian.candidate(package, recipe.suite)
 
 
-def _source(recipe: BuiltKernel, version: str) -> Path:
+def _source(package: str, version: str, suite: debian.Suite) -> Path:
     def fetch(empty: Path) -> None:
-        with Progress(f"kernel: fetching {recipe.package} {version} (150 MB)"):
-            debian.download(f"{recipe.package}={version}", recipe.suite, empty).rename(empty / "source.deb")
+        with Progress(f"kernel: fetching {package} {version} (150 MB)"):
+            debian.download(f"{package}={version}", suite, empty).rename(empty / "source.deb")
 
-    return cache.entry(f"sources/{recipe.package}_{version}", fetch) / "source.deb"
+    return cache.entry(f"sources/{package}_{version}", fetch) / "source.deb"
 
 
-def _build(recipe: BuiltKernel, version: str, wanted: list[str], into: Path) -> None:
-    deb = _source(recipe, version)
-    say(f"building Linux for {recipe.make_architecture} from {recipe.package} {version}: once, about 6 minutes on 2 cores")
+def _edit(tree: Path, edit: Edit) -> None:
+    path = tree / edit.path
+    text = path.read_text() if path.exists() else ""
+    if text.count(edit.old) != 1:
+        raise LabError(f"this kernel source does not have in {edit.path}, exactly once:\n{edit.old}the lab's edit does not apply")
+    path.write_text(text.replace(edit.old, edit.new))
+
+
+def _build(recipe: BuiltKernel, package: str, version: str, wanted: list[str], into: Path) -> None:
+    deb = _source(package, version, recipe.suite)
+    say(f"building Linux for {recipe.make_architecture} from {package} {version}: once, about 6 minutes on 2 cores")
     tree = into / "tree"
     tree.mkdir()
     debian.unpack(deb, into / "package")
@@ -106,6 +117,8 @@ def _build(recipe: BuiltKernel, version: str, wanted: list[str], into: Path) -> 
         raise LabError(f"{deb} holds no usr/src/*.tar.xz")
     _step("unpacking", ["tar", "-xJf", str(tarball), "-C", str(tree), "--strip-components=1"], into)
     shutil.rmtree(into / "package")
+    for edit in recipe.edits:
+        _edit(tree, edit)
 
     make = ["make", f"-j{os.cpu_count()}", f"ARCH={recipe.make_architecture}", "KBUILD_BUILD_USER=lab", "KBUILD_BUILD_HOST=iovane"]
     if recipe.cross:

@@ -28,15 +28,25 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class BuiltKernel:
-    """A kernel built from a Debian source package and a file in config/."""
+class Edit:
+    """One replacement in the kernel's sources, for the lab only. The old text must be there exactly once."""
 
-    package: str
+    path: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A kernel built from a Debian source package and files in config/."""
+
+    package: str  # a regular expression on the package's name; the highest version is taken
     suite: Suite
-    config: str
+    configs: tuple[str, ...]
     make_architecture: str
     cross: str  # compiler prefix, empty for the host's own
     image: str  # what make leaves, and the make target is its last part
+    edits: tuple[Edit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class PackagedKernel:
 class Machine:
     name: str
     architecture: str  # as the lab names it; ELF_MACHINES in libraries has the same names
-    emulator: str
+    emulator: str  # the program's name
     arguments: Callable[[Wish], list[str]]  # QEMU's, without memory, CPUs, kernel and the lab's own devices
     kernel: BuiltKernel | PackagedKernel
     command_line: Callable[[Wish], str]  # the kernel's
@@ -60,6 +70,8 @@ class Machine:
     compiler: str  # a C compiler that makes static programs for the guest
     cross_libraries: str  # where that compiler's shared libraries are; empty on the host's own architecture
     packages: tuple[str, ...]  # Debian packages to make its kernel ready and to run it
+    emulator_version: tuple[int, ...] = ()  # at least
+    emulator_package: str = ""  # where to take a newer emulator from, when the host's own is too old
     port_bus: str = ""  # where the lab's own device goes; empty for QEMU's choice
     known_warnings: tuple[str, ...] = ()  # texts of warnings that this machine's kernel always prints
 
@@ -96,7 +108,8 @@ def _x86_arguments(wish: Wish) -> list[str]:
 
 def _x86_command_line(wish: Wish) -> str:
     mode = {"legacy": "on,sm_off", "scalable": "on,sm_on", "none": "off"}[wish.iommu]
-    return f"console=ttyS0 iommu.passthrough=0 iommu.strict=1 intel_iommu={mode}"
+    # On a busy host the emulated timer can miss the moment at which Linux tests it, which then panics.
+    return f"console=ttyS0 no_timer_check iommu.passthrough=0 iommu.strict=1 intel_iommu={mode}"
 
 
 # What QEMU's software emulation does not offer of a real POWER9; without these it refuses to start or prints a warning each.
@@ -133,13 +146,43 @@ def _ppc_command_line(wish: Wish) -> str:
     return "console=hvc0 nowatchdog"  # on a busy host an emulated CPU may well stand still for a while
 
 
+def _virt_arguments(wish: Wish) -> list[str]:
+    smmu = ",iommu=smmuv3" if wish.iommu != "none" else ""
+    arguments = ["-machine", f"virt,gic-version=3,acpi=off{smmu}", "-accel", "tcg,thread=multi"]
+    arguments += ["-cpu", "max,sve=off,pauth-impdef=on", "-nodefaults", *_numa(wish)]  # pauth: the real algorithm is slow to emulate
+    if wish.iommu != "none":
+        arguments += ["-global", "arm-smmuv3.stage=" + {"nested": "nested", "stage1": "1", "stage2": "2"}[wish.iommu]]
+    for _ in range(wish.edu):
+        arguments += ["-device", f"edu,{EDU_OPTIONS}"]
+    return arguments
+
+
+def _virt_command_line(wish: Wish) -> str:
+    return "console=ttyAMA0 iommu.passthrough=0 iommu.strict=1"
+
+
+# Nesting wants the firmware's promise that the device's DMA is fully coherent. QEMU's device tree cannot make it, although its
+# emulation keeps it: every access goes to the same memory.
+_COHERENT = Edit(
+    path="drivers/iommu/arm/arm-smmu-v3/arm-smmu-v3.h",
+    old="\treturn dev_iommu_fwspec_get(master->dev)->flags &\n\t       IOMMU_FWSPEC_PCI_RC_CANWBS;\n",
+    new="\treturn true; /* iovane lab: emulated DMA is coherent */\n",
+)
+
 MACHINES = (
     Machine(
         name="q35",
         architecture="x86_64",
         emulator="qemu-system-x86_64",
         arguments=_x86_arguments,
-        kernel=BuiltKernel("linux-source-6.12", Suite("bookworm-security", "amd64"), "x86_64.config", "x86_64", "", "arch/x86/boot/bzImage"),
+        kernel=BuiltKernel(
+            package=r"linux-source-6\.12",
+            suite=Suite("bookworm-security", "amd64"),
+            configs=("common.config", "x86_64.config"),
+            make_architecture="x86_64",
+            cross="",
+            image="arch/x86/boot/bzImage",
+        ),
         command_line=_x86_command_line,
         iommus=("legacy", "scalable", "none"),
         compiler="x86_64-linux-gnu-gcc",
@@ -187,6 +230,28 @@ MACHINES = (
         packages=_PPC_PACKAGES,
         port_bus="pcie.5",
         known_warnings=_POWERNV_WARNINGS,
+    ),
+    Machine(
+        name="virt",
+        architecture="arm64",
+        emulator="qemu-system-aarch64",
+        emulator_version=(9, 1),  # the first with nested translation in its SMMUv3
+        emulator_package="qemu-system-arm",
+        arguments=_virt_arguments,
+        kernel=BuiltKernel(
+            package=r"linux-source-7\.\d+",
+            suite=Suite("sid", "amd64"),
+            configs=("common.config", "arm64.config"),
+            make_architecture="arm64",
+            cross="aarch64-linux-gnu-",
+            image="arch/arm64/boot/Image",
+            edits=(_COHERENT,),
+        ),
+        command_line=_virt_command_line,
+        iommus=("nested", "stage1", "stage2", "none"),
+        compiler="aarch64-linux-gnu-gcc",
+        cross_libraries="/usr/aarch64-linux-gnu/lib",
+        packages=("gcc", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross", "binutils", *_BUILD_TOOLS),
     ),
 )
 
