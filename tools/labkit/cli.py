@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from . import cache, guest, host, kernel, machine
+from . import cache, emulator, guest, host, kernel, machine
 from .report import LabError, say
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -189,10 +189,10 @@ def _run(options) -> int:
         allowed=options.allow,
         console=options.console,
     )
-    image = options.kernel or kernel.get(chosen, _extra_config(options)).image
-    if not image.is_file():
-        raise LabError(f"no kernel {image}")
-    outcome = guest.run(job, chosen, image)
+    if options.kernel and not options.kernel.is_file():
+        raise LabError(f"no kernel {options.kernel}")
+    booted = kernel.Kernel(options.kernel, "given") if options.kernel else kernel.get(chosen, _extra_config(options))
+    outcome = guest.run(job, chosen, booted)
     if outcome.status == guest.EXIT_LAB or (outcome.status == guest.EXIT_TIMEOUT):
         sys.stderr.write("lab: the end of the kernel's console:\n" + "\n".join(outcome.console.splitlines()[-40:]) + "\n")
     if outcome.remark:
@@ -202,6 +202,7 @@ def _run(options) -> int:
 
 def _kernel(options) -> int:
     chosen = machine.find(options.arch, options.machine)
+    emulator.command(chosen)  # a newer emulator may have to come too
     print(kernel.get(chosen, _extra_config(options), options.refresh).image)
     return 0
 

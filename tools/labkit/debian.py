@@ -105,6 +105,14 @@ def download(package: str, suite: Suite, into: Path) -> Path:
     return found[0]
 
 
+def download_closure(package: str, suite: Suite, into: Path) -> list[Path]:
+    """Fetches the package and everything it depends on, as for a host that has nothing yet."""
+    archives = [f"-oDir::Cache::archives={into}", "-oDebug::NoLocking=1"]
+    (into / "partial").mkdir()
+    _insist(["apt-get", "-q", "-y", "--no-install-recommends", "--download-only", *apt_options(suite), *archives, "install", package])
+    return sorted(into.glob("*.deb"))
+
+
 def unpack(deb: Path, into: Path) -> None:
     _check(_run(["dpkg-deb", "-x", str(deb), str(into)]), f"unpacking {deb.name}")
 

@@ -18,7 +18,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cache, dmesg, initramfs, libraries
+from . import cache, dmesg, emulator, initramfs, libraries
+from .kernel import Kernel
 from .machine import Machine, Wish, cross_root, host_architecture
 from .report import LabError, say
 
@@ -62,11 +63,12 @@ class Outcome:
     console: str = ""
 
 
-def run(job: Job, machine: Machine, image: Path) -> Outcome:
+def run(job: Job, machine: Machine, kernel: Kernel) -> Outcome:
+    emulator_words = emulator.command(machine)
     with tempfile.TemporaryDirectory(prefix="iovane-lab-") as name:
         directory = Path(name)
-        _write_initramfs(directory / "initramfs", job, machine)
-        return _Session(job, machine, image, directory).follow()
+        _write_initramfs(directory / "initramfs", job, machine, kernel.modules)
+        return _Session(job, machine, directory).follow(emulator_words, kernel.image)
 
 
 # ---- what the guest is given
@@ -88,7 +90,7 @@ def init_program(machine: Machine) -> Path:
     return cache.entry(f"init/{machine.architecture}-{digest}", build) / "init"
 
 
-def _write_initramfs(path: Path, job: Job, machine: Machine) -> None:
+def _write_initramfs(path: Path, job: Job, machine: Machine, modules: tuple[Path, ...]) -> None:
     with open(path, "wb") as stream:
         archive = initramfs.Writer(stream)
         archive.console()
@@ -96,7 +98,9 @@ def _write_initramfs(path: Path, job: Job, machine: Machine) -> None:
         library_directories: set[str] = set()
         for source, target in [(job.program, str(job.program)), *job.files]:
             _add(archive, source, target, machine, library_directories)
-        archive.data("lab/job", _job_records(job, library_directories))
+        for module in modules:
+            archive.file(f"lab/modules/{module.name}", module)
+        archive.data("lab/job", _job_records(job, modules, library_directories))
         archive.finish()
 
 
@@ -119,7 +123,7 @@ def _add(archive: initramfs.Writer, source: Path, target: str, machine: Machine,
             library_directories.add(str(guest.parent))
 
 
-def _job_records(job: Job, library_directories: set[str]) -> bytes:
+def _job_records(job: Job, modules: tuple[Path, ...], library_directories: set[str]) -> bytes:
     environment = {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
@@ -130,6 +134,7 @@ def _job_records(job: Job, library_directories: set[str]) -> bytes:
     environment |= job.environment
     records = [("arg", argument) for argument in (str(job.program), *job.arguments)]
     records += [("env", f"{name}={value}") for name, value in environment.items()]
+    records += [("module", f"/lab/modules/{module.name}") for module in modules]
     records += [("bind", device) for device in job.bind]
     records += [("bring", path) for path in ("/out", *job.bring)]
     if job.dma_entry_limit is not None:
@@ -143,23 +148,22 @@ def _job_records(job: Job, library_directories: set[str]) -> bytes:
 class _Session:
     """One emulator from start to end."""
 
-    def __init__(self, job: Job, machine: Machine, image: Path, directory: Path):
+    def __init__(self, job: Job, machine: Machine, directory: Path):
         self.job = job
         self.machine = machine
-        self.image = image
         self.directory = directory
         self.verdict = ""
         self.timed_out = False
         self.archive = open(directory / "returned", "w+b")  # noqa: SIM115 - closed with the session
         self.connection: socket.socket | None = None
 
-    def follow(self) -> Outcome:
+    def follow(self, emulator_words: list[str], image: Path) -> Outcome:
         with socket.socket(socket.AF_UNIX) as listener, self.archive:
             listener.bind(str(self.directory / "port"))
             listener.listen(1)
             self.deadline = time.monotonic() + self.job.timeout_s
             with open(self.directory / "emulator.log", "wb") as log:
-                self.emulator = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                self.process = subprocess.Popen(self._command(emulator_words, image), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
                 self._accept(listener)
                 self._read_frames()
@@ -167,24 +171,23 @@ class _Session:
             finally:
                 if self.connection:
                     self.connection.close()
-                self.emulator.kill()
-                self.emulator.wait()
+                self.process.kill()
+                self.process.wait()
             returned = self._unpack()
         return self._judge(returned)
 
-    def _command(self) -> list[str]:
-        if not shutil.which(self.machine.emulator):
-            raise LabError(f"{self.machine.emulator} is missing; tools/lab doctor says how to install it")
+    def _command(self, emulator_words: list[str], image: Path) -> list[str]:
         wish = self.job.wish
         words = [self.machine.command_line(wish), "panic=-1", "rcupdate.rcu_cpu_stall_timeout=60", *self.job.command_line]
-        command = [self.machine.emulator, *self.machine.arguments(wish)]
+        command = [*emulator_words, *self.machine.arguments(wish)]
         command += ["-display", "none", "-monitor", "none", "-no-reboot", "-no-user-config"]
         command += ["-chardev", f"file,id=console,path={self.directory / 'console'}", "-serial", "chardev:console"]
         command += ["-chardev", f"socket,id=lab,path={self.directory / 'port'}"]
-        command += ["-device", "virtio-serial-pci,id=lab", "-device", "virtserialport,bus=lab.0,chardev=lab,name=iovane.lab"]
+        bus = f",bus={self.machine.port_bus}" if self.machine.port_bus else ""
+        command += ["-device", f"virtio-serial-pci,id=lab{bus}", "-device", "virtserialport,bus=lab.0,chardev=lab,name=iovane.lab"]
         for device in self.job.devices:
             command += ["-device", device]
-        command += ["-kernel", str(self.image), "-initrd", str(self.directory / "initramfs"), "-append", " ".join(words)]
+        command += ["-kernel", str(image), "-initrd", str(self.directory / "initramfs"), "-append", " ".join(words)]
         command += self.job.emulator_arguments
         # The emulator must not outlive this process, however that ends.
         return ["setpriv", "--pdeathsig", "KILL", "--", *command]
@@ -195,7 +198,7 @@ class _Session:
             try:
                 self.connection, _ = listener.accept()
             except TimeoutError:
-                if self.emulator.poll() is not None or time.monotonic() > self.deadline:
+                if self.process.poll() is not None or time.monotonic() > self.deadline:
                     raise LabError(f"the emulator did not start:\n{self._emulator_log()}") from None
 
     def _read_frames(self) -> None:
@@ -257,7 +260,7 @@ class _Session:
 
     def _await_power_off(self) -> None:
         try:
-            self.emulator.wait(POWER_OFF_GRACE_S if self.verdict or not self.timed_out else 0.5)
+            self.process.wait(POWER_OFF_GRACE_S if self.verdict or not self.timed_out else 0.5)
         except subprocess.TimeoutExpired:
             pass
 

@@ -11,7 +11,7 @@ COMMON = ("python3", "apt", "dpkg", "util-linux")
 
 
 def packages(machine: Machine) -> list[str]:
-    return sorted({*COMMON, *machine.packages, *machine.build_packages})
+    return sorted({*COMMON, *machine.packages})
 
 
 def missing(machine: Machine) -> list[str]:

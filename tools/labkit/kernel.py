@@ -1,11 +1,12 @@
-"""Where a machine's kernel comes from: built once from Debian's sources, kept in the cache under the hash of what made it.
+"""Where a machine's kernel comes from, kept in the cache: built from Debian's sources, or taken from Debian's own package.
 
-The hash covers the configuration, the source package's version and the steps below. A cached kernel is used as it is, with no
-network at all; `refresh` asks Debian for a newer source first.
+A built kernel is cached under the hash of what made it: configuration, source version, and the steps below. Once a kernel is
+there it is used as it is, with no network at all; `refresh` asks Debian for a newer one first.
 """
 
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import cache, debian
-from .machine import BuiltKernel, Machine
+from .machine import BuiltKernel, Edit, Machine, PackagedKernel
 from .report import LabError, Progress, say
 
 RECIPE = 1  # to be raised when the steps of _build change what comes out
@@ -27,6 +28,7 @@ _COMPILED = re.compile(r"^\s+(CC|AS|HOSTCC|LD|AR)\b")
 class Kernel:
     image: Path
     version: str  # of the Debian package it came from
+    modules: tuple[Path, ...] = ()  # in loading order
 
 
 def wanted_lines(config: str) -> list[str]:
@@ -54,39 +56,59 @@ def dropped(wanted: list[str], final: str) -> list[str]:
 
 
 def get(machine: Machine, extra_config: str = "", refresh: bool = False) -> Kernel:
-    recipe = machine.kernel
-    config = (CONFIG_DIRECTORY / recipe.config).read_text() + extra_config
-    wanted = wanted_lines(config)
-    version = _source_version(recipe, refresh)
-    identity = json.dumps([RECIPE, asdict(recipe), version, sorted(wanted)], sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    if isinstance(machine.kernel, BuiltKernel):
+        return _built(machine.kernel, extra_config, refresh)
+    if extra_config:
+        raise LabError(f"{machine.name} runs Debian's own kernel, which takes no configuration")
+    return _packaged(machine.kernel, refresh)
+
+
+# ---- built from source
+
+
+def _built(recipe: BuiltKernel, extra_config: str, refresh: bool) -> Kernel:
+    config = "".join((CONFIG_DIRECTORY / name).read_text() for name in recipe.configs) + extra_config
+    wanted = sorted(set(wanted_lines(config)))
+    package, version = _source_version(recipe, refresh)
+    what = [RECIPE, recipe.make_architecture, recipe.cross, recipe.image, [asdict(edit) for edit in recipe.edits], package, version, wanted]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     directory = cache.entry(
-        f"kernels/{machine.architecture}-{version}-{digest}",
-        lambda empty: _build(recipe, version, wanted, empty),
+        f"kernels/{recipe.make_architecture}-{version}-{digest}",
+        lambda empty: _build(recipe, package, version, wanted, empty),
     )
     return Kernel(directory / Path(recipe.image).name, version)
 
 
-def _source_version(recipe: BuiltKernel, refresh: bool) -> str:
-    """The newest source in the cache, so that a kernel stays the same until somebody asks for another."""
-    kept = [path for path in (cache.root() / "sources").glob(f"{recipe.package}_*") if (path / "source.deb").exists()]
+def _source_version(recipe: BuiltKernel, refresh: bool) -> tuple[str, str]:
+    """(package, version) of the newest source in the cache, so that a kernel stays the same until somebody asks for another."""
+    kept = [path for path in (cache.root() / "sources").glob("*_*") if re.fullmatch(recipe.package, path.name.split("_")[0])]
     if kept and not refresh:
-        return max(kept, key=lambda path: path.stat().st_mtime).name.split("_", 1)[1]
+        package, version = max(kept, key=lambda path: path.stat().st_mtime).name.split("_", 1)
+        return package, version
     debian.update(recipe.suite)
-    return debian.candidate(recipe.package, recipe.suite)
+    package = debian.newest(recipe.package, recipe.suite)
+    return package, debian.candidate(package, recipe.suite)
 
 
-def _source(recipe: BuiltKernel, version: str) -> Path:
+def _source(package: str, version: str, suite: debian.Suite) -> Path:
     def fetch(empty: Path) -> None:
-        with Progress(f"kernel: fetching {recipe.package} {version} (150 MB)"):
-            debian.download(f"{recipe.package}={version}", recipe.suite, empty).rename(empty / "source.deb")
+        with Progress(f"kernel: fetching {package} {version} (150 MB)"):
+            debian.download(f"{package}={version}", suite, empty).rename(empty / "source.deb")
 
-    return cache.entry(f"sources/{recipe.package}_{version}", fetch) / "source.deb"
+    return cache.entry(f"sources/{package}_{version}", fetch) / "source.deb"
 
 
-def _build(recipe: BuiltKernel, version: str, wanted: list[str], into: Path) -> None:
-    deb = _source(recipe, version)
-    say(f"building Linux for {recipe.make_architecture} from {recipe.package} {version}: once, about 6 minutes on 2 cores")
+def _edit(tree: Path, edit: Edit) -> None:
+    path = tree / edit.path
+    text = path.read_text() if path.exists() else ""
+    if text.count(edit.old) != 1:
+        raise LabError(f"this kernel source does not have in {edit.path}, exactly once:\n{edit.old}the lab's edit does not apply")
+    path.write_text(text.replace(edit.old, edit.new))
+
+
+def _build(recipe: BuiltKernel, package: str, version: str, wanted: list[str], into: Path) -> None:
+    deb = _source(package, version, recipe.suite)
+    say(f"building Linux for {recipe.make_architecture} from {package} {version}: once, about 6 minutes on 2 cores")
     tree = into / "tree"
     tree.mkdir()
     debian.unpack(deb, into / "package")
@@ -95,6 +117,8 @@ def _build(recipe: BuiltKernel, version: str, wanted: list[str], into: Path) -> 
         raise LabError(f"{deb} holds no usr/src/*.tar.xz")
     _step("unpacking", ["tar", "-xJf", str(tarball), "-C", str(tree), "--strip-components=1"], into)
     shutil.rmtree(into / "package")
+    for edit in recipe.edits:
+        _edit(tree, edit)
 
     make = ["make", f"-j{os.cpu_count()}", f"ARCH={recipe.make_architecture}", "KBUILD_BUILD_USER=lab", "KBUILD_BUILD_HOST=iovane"]
     if recipe.cross:
@@ -135,3 +159,63 @@ def _step(what: str, command: list[str], directory: Path, cwd: Path | None = Non
             log.seek(0)
             tail = log.read()[-4000:]
             raise LabError(f"{what} the kernel failed ({' '.join(command)}):\n{tail}")
+
+
+# ---- taken from Debian's package
+
+
+def _packaged(recipe: PackagedKernel, refresh: bool) -> Kernel:
+    kept = sorted((path for path in (cache.root() / "kernels").glob("*") if re.fullmatch(recipe.package, path.name)), key=lambda path: path.stat().st_mtime)
+    if kept and not refresh:
+        directory = kept[-1]
+    else:
+        debian.update(recipe.suite)
+        package = debian.newest(recipe.package, recipe.suite)
+        directory = cache.entry(f"kernels/{package}", lambda empty: _take(package, recipe.suite, empty))
+    available = {path.name.split(".")[0].replace("-", "_"): path for path in (directory / "modules").iterdir()}
+    return Kernel(directory / "vmlinux", directory.name, tuple(load_order(recipe.modules, available)))
+
+
+def _take(package: str, suite: debian.Suite, into: Path) -> None:
+    with Progress(f"kernel: fetching {package}"):
+        deb = debian.download(package, suite, into)
+        debian.unpack(deb, into / "package")
+    image = next((into / "package").glob("boot/vmlinu*-*"), None)
+    if not image:
+        raise LabError(f"{package} holds no boot/vmlinu*")
+    image.rename(into / "vmlinux")
+    (into / "modules").mkdir()
+    for folder in ("drivers/vfio", "arch/powerpc/kvm", "virt/lib"):  # all that a guest of ours may load
+        for path in (into / "package").glob(f"**/kernel/{folder}/**/*.ko*"):
+            path.rename(into / "modules" / path.name)
+    shutil.rmtree(into / "package")
+    deb.unlink()
+
+
+def module_dependencies(path: Path) -> list[str]:
+    """What a module's own .modinfo says it depends on."""
+    content = path.read_bytes()
+    if path.suffix == ".xz":
+        content = lzma.decompress(content)
+    match = re.search(rb"\0depends=([\w,-]*)\0", content)
+    return [name.replace("-", "_") for name in match[1].decode().split(",") if name] if match else []
+
+
+def load_order(wanted: tuple[str, ...], available: dict[str, Path]) -> list[Path]:
+    """The wanted modules, each after its dependencies. A dependency that no file provides is built into the kernel."""
+    order: list[Path] = []
+
+    def visit(name: str) -> None:
+        path = available[name]
+        if path in order:
+            return
+        for dependency in module_dependencies(path):
+            if dependency in available:
+                visit(dependency)
+        order.append(path)
+
+    for name in wanted:
+        if name not in available:
+            raise LabError(f"the kernel package has no module {name}")
+        visit(name)
+    return order

@@ -11,7 +11,7 @@ from .report import LabError
 # e_machine of the ELF header
 ELF_MACHINES = {62: "x86_64", 21: "ppc64le", 183: "arm64"}
 
-_RESOLVED = re.compile(r"^\s*(?:(\S+) => )?(/\S+|not found)(?: \(0x[0-9a-f]+\))?\s*$")
+_RESOLVED = re.compile(r"^\s*(?:(\S+) => )?(/.+?|not found)(?: \(0x[0-9a-f]+\))?\s*$")
 
 
 def parse_ldd(text: str) -> tuple[list[Path], list[str]]:
@@ -64,12 +64,20 @@ def companions(path: Path, architecture: str, host: str, cross_root: Path | None
         return [(script, script), *companions(script, architecture, host, cross_root)]
     if found != architecture:
         raise LabError(f"{path} is a program for {found}, and the guest is {architecture}")
-    needed, loader = _dynamic(path)
-    if loader is None and not needed:
+    needed, wanted_loader = _dynamic(path)
+    if wanted_loader is None and not needed:
         return []  # static
     if architecture == host:
         return [(file, file) for file in _ask_loader(path)]
-    return _search(path, needed, loader, cross_root)
+    return _search(path, needed, wanted_loader, cross_root)
+
+
+def loader(path: Path) -> str:
+    """The dynamic loader that a program asks for."""
+    found = _dynamic(path)[1]
+    if not found:
+        raise LabError(f"{path} asks for no dynamic loader")
+    return found
 
 
 def _ask_loader(path: Path) -> list[Path]:
@@ -82,17 +90,17 @@ def _ask_loader(path: Path) -> list[Path]:
     return files
 
 
-def _search(path: Path, needed: list[str], loader: str | None, root: Path | None) -> list[tuple[Path, Path]]:
+def _search(path: Path, needed: list[str], wanted_loader: str | None, root: Path | None) -> list[tuple[Path, Path]]:
     if root is None or not root.is_dir():
         raise LabError(f"{path} is dynamically linked and there is no cross library directory: link it with -static")
     result: dict[Path, Path] = {}
-    if loader:
-        result[Path(loader)] = root / Path(loader).name
+    if wanted_loader:
+        result[Path(wanted_loader)] = root / Path(wanted_loader).name
     queue = list(needed)
     while queue:
         name = queue.pop()
         guest = Path("/lib") / name
-        if guest in result or (loader and name == Path(loader).name):
+        if guest in result or (wanted_loader and name == Path(wanted_loader).name):
             continue
         if not (root / name).exists():
             raise LabError(f"{path} needs {name}, which is not in {root}: link it with -static")
@@ -107,5 +115,5 @@ def _dynamic(path: Path) -> tuple[list[str], str | None]:
         raise LabError("readelf is missing: apt-get install binutils")
     text = subprocess.run(["readelf", "-W", "-l", "-d", str(path)], capture_output=True, text=True).stdout
     needed = re.findall(r"\(NEEDED\)\s+Shared library: \[(.+?)\]", text)
-    loader = re.search(r"\[Requesting program interpreter: (.+?)\]", text)
-    return needed, loader.group(1) if loader else None
+    interpreter = re.search(r"\[Requesting program interpreter: (.+?)\]", text)
+    return needed, interpreter.group(1) if interpreter else None
