@@ -109,7 +109,7 @@ def _run_options(run: argparse.ArgumentParser) -> None:
     files.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the program; NAME alone passes this shell's value; may repeat")
 
     judging = run.add_argument_group("judging")
-    judging.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="for boot and program together (%(default)s)")
+    judging.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for boot and program together (%(default)s)")
     judging.add_argument("--allow", action="append", default=[], metavar="TEXT", help="a kernel message with this exact text is no splat; may repeat")
     judging.add_argument("--console", type=Path, metavar="FILE", help="keep the kernel's console output")
     judging.add_argument("--kernel", type=Path, metavar="IMAGE", help="boot this kernel instead of the lab's own")

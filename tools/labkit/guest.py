@@ -28,7 +28,7 @@ EXIT_LAB = 71
 EXIT_TIMEOUT = 124
 
 INIT_SOURCE = Path(__file__).parent / "guest" / "init.c"
-STOP_GRACE_S = 20  # from asking the guest to stop to ending the emulator
+STOP_GRACE_S = 40  # from asking the guest to stop to ending the emulator
 POWER_OFF_GRACE_S = 15  # from the verdict to the emulator's own end
 FRAME_HEADER = struct.Struct("<cI")
 FRAME_LENGTH_MAX = 64 * 1024
