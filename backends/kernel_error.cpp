@@ -13,9 +13,7 @@ std::uint64_t used_bytes(const MemlockUse& use, MemlockAccount account) noexcept
   return account == MemlockAccount::user_pinned ? use.pinned.value : use.locked.value;
 }
 
-bool limited(const MemlockUse& use, MemlockAccount account) noexcept {
-  return use.limit.has_value() && !(account == MemlockAccount::process_locked && use.exempt);
-}
+bool limited(const MemlockUse& use) noexcept { return use.limit.has_value() && !use.exempt; }
 
 Error explain_range(const MapFailure& f, std::span<const IovaRange> usable) noexcept {
   if (const auto hole = first_missing(usable, f.range))
@@ -33,7 +31,7 @@ Error explain_range(const MapFailure& f, std::span<const IovaRange> usable) noex
 
 std::optional<Bytes> memlock_left(Kernel& kernel, MemlockAccount account) noexcept {
   const MemlockUse use = kernel.memlock();
-  if (!limited(use, account)) return std::nullopt;
+  if (!limited(use)) return std::nullopt;
   const std::uint64_t used = used_bytes(use, account);
   return Bytes{used < use.limit->value ? use.limit->value - used : 0};
 }
@@ -42,13 +40,13 @@ Error explain_no_memory(Kernel& kernel, MemlockAccount account, Stage stage, std
                         Bytes need) noexcept {
   const MemlockUse use = kernel.memlock();
   const std::uint64_t used = used_bytes(use, account);
-  if (limited(use, account) && (used > use.limit->value || need.value > use.limit->value - used))
+  if (limited(use) && (used > use.limit->value || need.value > use.limit->value - used))
     return base::fail(Errc::memlock_exceeded, stage, ENOMEM,
                       "{}: pinning {} bytes more would pass RLIMIT_MEMLOCK: limit {} bytes, {} in use by this process; "
                       "raise it (ulimit -l, LimitMEMLOCK=, setrlimit){}",
                       call, need.value, use.limit->value, used,
                       account == MemlockAccount::user_pinned ? "; other processes of this user count too" : "");
-  if (limited(use, account))
+  if (limited(use))
     return base::fail(Errc::out_of_memory, stage, ENOMEM,
                       "{}: no memory for {} bytes; RLIMIT_MEMLOCK of {} bytes has room ({} in use by this process{})",
                       call, need.value, use.limit->value, used,

@@ -12,8 +12,8 @@ namespace iovane::backends {
 
 /// How an interface charges pins to RLIMIT_MEMLOCK; see MemlockUse.
 enum class MemlockAccount : std::uint8_t {
-  user_pinned,     ///< iommufd: per user, capabilities do not help
-  process_locked,  ///< type1: per process, waived by CAP_IPC_LOCK
+  user_pinned,     ///< iommufd: all processes of the user together
+  process_locked,  ///< type1: per process
 };
 
 /// Further bytes that may be pinned under the limit; nothing when there is no limit. Reads /proc.
