@@ -151,7 +151,9 @@ class BackendSpace {
 
   /// Runs a batch in order of `ops`. results.size() >= ops.size(); result i belongs to op i. One operation's failure
   /// never stops or spoils another. Preconditions (checked by the engine): ranges are granule-aligned and inside
-  /// usable ranges; maps overlap nothing live; unmaps cut nothing. A map is all or nothing.
+  /// usable ranges; maps overlap nothing live; unmaps cut nothing. Where one is broken the kernel still refuses: an
+  /// overlap is iova_busy, a reserved IOVA iova_reserved, a cut would_bisect (iommufd may have removed whole mappings
+  /// before the cut by then). An unmap of nothing succeeds with 0 bytes. A map is all or nothing.
   /// Blocks as long as the kernel does. Does not allocate.
   virtual void execute(std::span<const BackendOp> ops, std::span<BackendOpResult> results) noexcept = 0;
   /// Removes everything; the result is the number of bytes removed. Succeeds on an empty space.
@@ -159,7 +161,8 @@ class BackendSpace {
 
   /// Prepares memory for many maps: pins it where the interface can (explicit_pin), otherwise only remembers it.
   virtual Result<RegionId> register_memory(const MemoryRange& memory) = 0;
-  /// Busy while mappings of the region live.
+  /// Precondition (checked by the engine, which has the index): no mapping of the region lives. Where the precondition
+  /// is broken the kernel keeps such pages pinned until their unmap; nothing dangles.
   virtual Result<void> unregister_memory(RegionId region) = 0;
 
   /// Brings a device in; may narrow usable_ranges(). Undoes itself on failure.

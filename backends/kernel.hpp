@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,16 @@ struct PciDevice {
   std::string cdev;         ///< "/dev/vfio/devices/vfio0", empty when the kernel offers none
   int numa_node = -1;
   std::vector<IovaRange> reserved;  ///< the group's reserved regions (sysfs reserved_regions), sorted
+};
+
+/// The process's account of pinned memory. The kernel charges pins to RLIMIT_MEMLOCK in two ways: type1 to the locked
+/// memory of the process, iommufd to a count per user of which this process's part is visible as pinned memory.
+/// CAP_IPC_LOCK waives both.
+struct MemlockUse {
+  std::optional<Bytes> limit;  ///< RLIMIT_MEMLOCK's soft value; nothing when unlimited
+  Bytes locked{};              ///< VmLck of /proc/self/status
+  Bytes pinned{};              ///< VmPin of /proc/self/status
+  bool exempt = false;         ///< CAP_IPC_LOCK is effective
 };
 
 /// System calls as the backends need them. Implementations: SystemKernel, model::ModelKernel, and decorators.
@@ -48,6 +59,9 @@ class Kernel {
 
   /// All PCI functions of the host. Reads sysfs; control plane only.
   virtual Result<std::vector<PciDevice>> pci_devices() = 0;
+  /// Limit and use of pinned memory now. Reads /proc; control plane and failures only. A kernel that charges nothing
+  /// keeps this default.
+  virtual MemlockUse memlock() noexcept { return {}; }
   /// "Linux 6.12.117" or "model"; for reports.
   virtual std::string description() = 0;
 };

@@ -1,0 +1,135 @@
+// Devices of an IOAS: attach, detach, and the move between two spaces of one descriptor.
+#include <algorithm>
+#include <cerrno>
+
+#include "backends/iommufd/ioas_calls.hpp"
+#include "backends/iommufd/iommufd_space.hpp"
+#include "backends/kernel_error.hpp"
+#include "backends/range_list.hpp"
+#include "backends/uapi/iommufd.hpp"
+#include "backends/uapi/vfio.hpp"
+#include "base/error_text.hpp"
+
+namespace iovane::backends::iommufd {
+namespace {
+
+namespace uapi = backends::uapi::iommufd;
+
+std::string list_ranges(const std::vector<IovaRange>& ranges) {
+  std::string text;
+  for (const IovaRange& range : ranges)
+    text += fmt::format("{}[{:#x}, {:#x}]", text.empty() ? "" : ", ", range.start.value, range.last.value);
+  return text.empty() ? "ranges that the host does not list" : text;
+}
+
+Error attach_error(int os_errno, const BoundDevice& device) {
+  switch (os_errno) {
+    case EADDRINUSE:
+      return base::fail(
+          Errc::iova_reserved, Stage::attach, os_errno,
+          "{} cannot be attached: it reserves {}, and something there is mapped or promised; or its IOMMU "
+          "reaches fewer addresses than are in use",
+          device.name, list_ranges(device.reserved));
+    case ENOMEM:
+      return base::fail(Errc::out_of_memory, Stage::attach, os_errno,
+                        "{} cannot be attached: no memory to pin and map what the space holds; look at RLIMIT_MEMLOCK",
+                        device.name);
+    case EFAULT:
+      return base::fail(Errc::bad_memory, Stage::attach, os_errno,
+                        "{} cannot be attached: part of the memory that the space maps is no longer there",
+                        device.name);
+    case EINVAL:
+      return base::fail(Errc::unsupported, Stage::attach, os_errno,
+                        "{} cannot be attached: its IOMMU is not compatible with this space", device.name);
+    default: return explain_call(Stage::attach, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", os_errno);
+  }
+}
+
+}  // namespace
+
+int IommufdSpace::attach_page_table(const BoundDevice& device, std::uint32_t object) noexcept {
+  backends::uapi::vfio::DeviceAttachIommufdPt attach{.pt_id = object};
+  return call(shared_.kernel(), device.fd.get(), attach);
+}
+
+Result<void> IommufdSpace::connect(const BoundDevice& device) {
+  if (options_.dirty_tracking) return connect_tracking(device);
+  const int why = attach_page_table(device, ioas_);
+  if (why == 0) return {};
+  return attach_error(why, device);
+}
+
+Result<void> IommufdSpace::connect_tracking(const BoundDevice& device) {
+  const auto hardware = hardware_info(shared_.kernel(), shared_.fd(), device.object);
+  if (!hardware) return hardware.error();
+  if ((hardware->capabilities & uapi::hw_cap_dirty_tracking) == 0)
+    return base::fail(Errc::unsupported, Stage::attach, 0,
+                      "{} cannot be attached: its IOMMU does not track dirty pages, and this space promises to",
+                      device.name);
+  tracking_tables_.reserve(tracking_tables_.size() + 1);
+  for (const std::uint32_t table : tracking_tables_)
+    if (attach_page_table(device, table) == 0) return {};
+  uapi::HwptAlloc alloc{.flags = uapi::hwpt_alloc_dirty_tracking, .dev_id = device.object, .pt_id = ioas_};
+  if (const int why = call(shared_.kernel(), shared_.fd(), alloc); why != 0) return attach_error(why, device);
+  if (const int why = attach_page_table(device, alloc.out_hwpt_id); why != 0) {
+    destroy(shared_.kernel(), shared_.fd(), alloc.out_hwpt_id);
+    return attach_error(why, device);
+  }
+  tracking_tables_.push_back(alloc.out_hwpt_id);
+  return {};
+}
+
+AttachedDevice IommufdSpace::describe(const BoundDevice& device) const {
+  return {.id = device.id, .name = device.name, .device_fd = device.fd.get(), .reserved = device.reserved};
+}
+
+void IommufdSpace::devices_changed() noexcept {
+  if (shared_.exclusive()) facts_.page_sizes = ioas_page_sizes(shared_.kernel(), shared_.fd(), ioas_);
+}
+
+Result<AttachedDevice> IommufdSpace::attach(const DeviceSource& source) {
+  devices_.reserve(devices_.size() + 1);  // nothing may fail after the kernel has attached it
+  const auto before = usable_ranges();
+  auto device = shared_.bind(source);
+  if (!device) return device.error();
+  if (const auto connected = connect(*device); !connected) {
+    shared_.unbind(*device);
+    return connected.error();
+  }
+  if (const auto after = usable_ranges(); device->reserved.empty() && before && after)
+    device->reserved = without(*before, *after);
+  devices_.push_back(std::move(*device));
+  devices_changed();
+  return describe(devices_.back());
+}
+
+Result<void> IommufdSpace::detach(DeviceId device) {
+  const auto at = std::find_if(devices_.begin(), devices_.end(), [&](const BoundDevice& d) { return d.id == device; });
+  if (at == devices_.end())
+    return base::fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this space", device.value);
+  backends::uapi::vfio::DeviceDetachIommufdPt detach;
+  const int why = call(shared_.kernel(), at->fd.get(), detach);
+  if (why != 0) return explain_call(Stage::detach, "VFIO_DEVICE_DETACH_IOMMUFD_PT", why);
+  shared_.unbind(*at);
+  devices_.erase(at);
+  devices_changed();
+  return {};
+}
+
+Result<AttachedDevice> IommufdSpace::take_over(IommufdSpace& from, DeviceId device) {
+  const auto at =
+      std::find_if(from.devices_.begin(), from.devices_.end(), [&](const BoundDevice& d) { return d.id == device; });
+  if (at == from.devices_.end())
+    return base::fail(Errc::not_found, Stage::attach, 0, "device {} is not attached to the space it should leave",
+                      device.value);
+  if (&from == this) return describe(*at);
+  devices_.reserve(devices_.size() + 1);  // before the kernel acts: nothing may fail after it
+  if (const auto connected = connect(*at); !connected) return connected.error();
+  devices_.push_back(std::move(*at));
+  from.devices_.erase(at);
+  devices_changed();
+  from.devices_changed();
+  return describe(devices_.back());
+}
+
+}  // namespace iovane::backends::iommufd

@@ -1,0 +1,203 @@
+#include "backends/iommufd/staging.hpp"
+
+#include <algorithm>
+#include <cerrno>
+
+#include "backends/iommufd/ioas_calls.hpp"
+#include "backends/kernel_call.hpp"
+#include "backends/kernel_error.hpp"
+#include "backends/uapi/iommufd.hpp"
+#include "base/checked_math.hpp"
+#include "base/error_text.hpp"
+
+namespace iovane::backends::iommufd {
+namespace {
+
+namespace uapi = backends::uapi::iommufd;
+
+constexpr std::uint64_t chunk_bytes = 1ULL << 30;
+
+std::uint64_t where(const MemoryRange& memory) noexcept {
+  return memory.address != nullptr ? reinterpret_cast<std::uintptr_t>(memory.address) : memory.fd_offset;
+}
+
+bool same(const MemoryRange& a, const MemoryRange& b) noexcept {
+  return a.address == b.address && a.length == b.length && a.fd == b.fd && a.fd_offset == b.fd_offset;
+}
+
+/// The staged address agrees with the memory's modulo the largest IOPTE that could cover a part of it.
+std::uint64_t congruence(Bytes length, Bytes granule) noexcept {
+  constexpr std::uint64_t two_mib = 2ULL << 20;
+  if (length.value >= chunk_bytes) return chunk_bytes;
+  return length.value >= two_mib ? two_mib : granule.value;
+}
+
+}  // namespace
+
+Staging::~Staging() {
+  if (holder_ != 0) destroy(kernel_, fd_, holder_);
+  if (ioas_ != 0) destroy(kernel_, fd_, ioas_);
+}
+
+Result<const StagedMemory*> Staging::acquire(const MemoryRange& memory) {
+  const std::lock_guard lock{mutex_};
+  for (StagedMemory& known : registrations_) {
+    if (!same(known.memory, memory)) continue;
+    ++known.references;
+    return &known;
+  }
+  if (ioas_ == 0) {
+    const auto ioas = ioas_alloc(kernel_, fd_);
+    if (!ioas) return ioas.error();
+    ioas_ = *ioas;
+  }
+  if (holder_ == 0 && !bound_.empty()) {
+    if (const auto held = hold_pins(bound_.front()); !held) return held.error();
+  }
+  const auto room = find_room(memory);
+  if (!room) return room.error();
+  registrations_.push_back({memory, *room, true, 1});
+  StagedMemory& staged = registrations_.back();
+  if (const auto mapped = map_chunks(staged); !mapped) {
+    registrations_.pop_back();
+    return mapped.error();
+  }
+  used_.emplace(room->start.value, room->last.value);
+  return &staged;
+}
+
+void Staging::drop(const StagedMemory* staged) noexcept {
+  const std::lock_guard lock{mutex_};
+  for (auto at = registrations_.begin(); at != registrations_.end(); ++at) {
+    if (&*at != staged) continue;
+    if (--at->references != 0) return;
+    unmap(at->staged);
+    used_.erase(at->staged.start.value);
+    registrations_.erase(at);
+    return;
+  }
+}
+
+Result<void> Staging::device_bound(std::uint32_t device) {
+  const std::lock_guard lock{mutex_};
+  if (holder_ == 0 && !registrations_.empty()) {
+    if (const auto held = hold_pins(device); !held) return held;
+  }
+  bound_.push_back(device);
+  return {};
+}
+
+void Staging::device_unbound(std::uint32_t device) noexcept {
+  const std::lock_guard lock{mutex_};
+  bound_.erase(std::remove(bound_.begin(), bound_.end(), device), bound_.end());
+}
+
+Result<void> Staging::hold_pins(std::uint32_t device) {
+  uapi::HwptAlloc alloc{.dev_id = device, .pt_id = ioas_};
+  const int why = call(kernel_, fd_, alloc);
+  if (why == 0) {
+    holder_ = alloc.out_hwpt_id;
+    return {};
+  }
+  Bytes registered{};
+  for (const StagedMemory& staged : registrations_) registered.value += staged.memory.length.value;
+  if (why == ENOMEM)
+    return explain_no_memory(kernel_, MemlockAccount::user_pinned, Stage::pin, "HWPT_ALLOC for registered memory",
+                             registered);
+  if (why == EFAULT)
+    return base::fail(Errc::bad_memory, Stage::pin, why,
+                      "memory registered before this device ({} bytes) cannot be pinned: part of it is not mapped in "
+                      "this process, read-only, or device memory; unregister it first",
+                      registered.value);
+  if (why == EADDRINUSE)
+    return base::fail(Errc::iova_reserved, Stage::pin, why,
+                      "memory registered before this device ({} bytes) lies beyond what its IOMMU can translate; "
+                      "register it again after the device",
+                      registered.value);
+  return explain_call(Stage::pin, "HWPT_ALLOC", why);
+}
+
+Result<IovaRange> Staging::find_room(const MemoryRange& memory) {
+  const auto usable = ioas_ranges(kernel_, fd_, ioas_);
+  if (!usable) return usable.error();
+  const std::uint64_t modulus = congruence(memory.length, granule_);
+  const std::uint64_t phase = where(memory) & (modulus - 1);
+  // First fit from below: small apertures fill last, and the number of registrations is small.
+  for (const IovaRange& window : *usable) {
+    std::uint64_t from = window.start.value;
+    auto next = used_.lower_bound(from);
+    while (true) {
+      const auto base = base::align_up(from, modulus);
+      const auto start = base ? base::checked_add(*base, phase) : std::nullopt;
+      const auto fit = start ? IovaRange::from_length(Iova{*start}, memory.length) : std::nullopt;
+      if (!fit || fit->last > window.last) break;
+      while (next != used_.end() && next->second < fit->start.value) ++next;
+      if (next == used_.end() || next->first > fit->last.value) return *fit;
+      if (next->second == iova_max.value) break;
+      from = next->second + 1;
+    }
+  }
+  return base::fail(Errc::iova_exhausted, Stage::pin, 0,
+                    "no room for {} bytes in the staging address space; unregister memory that is not needed",
+                    memory.length.value);
+}
+
+Result<void> Staging::map_chunks(StagedMemory& staged) {
+  IovaRange rest = staged.staged;
+  while (true) {
+    const std::uint64_t border = rest.start.value | (chunk_bytes - 1);
+    const IovaRange chunk{rest.start, std::min(rest.last, Iova{border})};
+    int why = map_chunk(staged, chunk);
+    if (why == EFAULT && staged.writable && chunk.start == staged.staged.start) {
+      // Memory that this process may only read pins as read-only. Every chunk then agrees with the first.
+      staged.writable = false;
+      why = map_chunk(staged, chunk);
+    }
+    if (why != 0) {
+      if (staged.staged.start < chunk.start) unmap({staged.staged.start, Iova{chunk.start.value - 1}});
+      MapFailure failure{.call = "registering memory (IOAS_MAP)",
+                         .os_errno = why,
+                         .range = chunk,
+                         .memory = where(staged.memory) + (chunk.start.value - staged.staged.start.value),
+                         .access = Access::read_write};
+      if (why == EINVAL || why == EOVERFLOW || why == EADDRINUSE)
+        return base::fail(Errc::invalid_argument, Stage::pin, why,
+                          "memory at {:#x} of {} bytes cannot be registered: address, offset and length must be "
+                          "multiples of {}, and a descriptor must be a memfd, hugetlbfs file or dma-buf",
+                          where(staged.memory), staged.memory.length.value, granule_.value);
+      Error error = explain_map(kernel_, failure, {});
+      error.stage = Stage::pin;
+      return error;
+    }
+    if (chunk.last == rest.last) return {};
+    rest.start = Iova{chunk.last.value + 1};
+  }
+}
+
+int Staging::map_chunk(const StagedMemory& staged, IovaRange chunk) noexcept {
+  const std::uint64_t offset = chunk.start.value - staged.staged.start.value;
+  const std::uint32_t flags =
+      uapi::ioas_map_fixed_iova | uapi::ioas_map_readable | (staged.writable ? uapi::ioas_map_writeable : 0);
+  if (staged.memory.fd >= 0 && map_file_) {
+    uapi::IoasMapFile map{.flags = flags,
+                          .ioas_id = ioas_,
+                          .fd = staged.memory.fd,
+                          .start = staged.memory.fd_offset + offset,
+                          .length = chunk.length().value,
+                          .iova = chunk.start.value};
+    return call(kernel_, fd_, map);
+  }
+  uapi::IoasMap map{.flags = flags,
+                    .ioas_id = ioas_,
+                    .user_va = reinterpret_cast<std::uintptr_t>(staged.memory.address) + offset,
+                    .length = chunk.length().value,
+                    .iova = chunk.start.value};
+  return call(kernel_, fd_, map);
+}
+
+void Staging::unmap(IovaRange range) noexcept {
+  uapi::IoasUnmap unmap{.ioas_id = ioas_, .iova = range.start.value, .length = range.length().value};
+  call(kernel_, fd_, unmap);
+}
+
+}  // namespace iovane::backends::iommufd
