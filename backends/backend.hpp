@@ -109,7 +109,7 @@ struct BackendOpResult {
 
 /// Which device to attach. Descriptors win over paths, and with them nothing is opened by path.
 struct DeviceSource {
-  std::string pci_address;   ///< "0000:00:03.0"; needed for type1 even with descriptors, to name the device
+  std::string pci_address{}; ///< "0000:00:03.0"; needed for type1 even with descriptors, to name the device
   int cdev_fd = -1;          ///< open VFIO device cdev (iommufd)
   int group_fd = -1;         ///< open VFIO group (type1, sPAPR)
 };
@@ -124,6 +124,8 @@ struct AttachedDevice {
   std::string name;               ///< PCI address, or "cdev fd N"
   int device_fd = -1;             ///< for BARs and interrupts; owned by the space, valid until detach
   std::vector<IovaRange> reserved;///< what this device's group takes out of the space, as far as the host says
+  std::string iommu;              ///< "Intel VT-d", "Arm SMMUv3", ...; empty where the interface does not tell
+  bool dirty_tracking = false;    ///< its writes can be recorded per page
 };
 
 /// What a space must look like from the start.

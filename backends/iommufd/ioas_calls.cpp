@@ -17,6 +17,16 @@ namespace uapi = backends::uapi::iommufd;
 // An IOAS has one range per gap between reserved regions; hosts have a handful. Beyond this something is wrong.
 constexpr std::uint32_t ranges_max = 1U << 20;
 
+const char* hardware_name(std::uint32_t type) noexcept {
+  switch (type) {
+    case uapi::hw_info_type_intel_vtd: return "Intel VT-d";
+    case uapi::hw_info_type_arm_smmuv3: return "Arm SMMUv3";
+    case uapi::hw_info_type_tegra241_cmdqv: return "Arm SMMUv3 (Tegra241)";
+    case uapi::hw_info_type_amd: return "AMD-Vi";
+    default: return "";
+  }
+}
+
 }  // namespace
 
 Result<std::uint32_t> ioas_alloc(Kernel& kernel, int fd) noexcept {
@@ -123,7 +133,7 @@ bool has_map_file(Kernel& kernel, int fd) noexcept {
 Result<HardwareInfo> hardware_info(Kernel& kernel, int fd, std::uint32_t device) noexcept {
   uapi::HwInfo info{.dev_id = device};
   if (const int why = call(kernel, fd, info); why != 0) return explain_call(Stage::query, "GET_HW_INFO", why);
-  return HardwareInfo{info.data_type, info.out_capabilities};
+  return HardwareInfo{hardware_name(info.data_type), info.out_capabilities};
 }
 
 }  // namespace iovane::backends::iommufd

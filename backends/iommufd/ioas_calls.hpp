@@ -36,7 +36,7 @@ bool has_map_file(Kernel& kernel, int fd) noexcept;
 
 /// What GET_HW_INFO says about a bound device.
 struct HardwareInfo {
-  std::uint32_t type = 0;          ///< uapi::iommufd::hw_info_type_*
+  const char* name = "";           ///< "Intel VT-d", "Arm SMMUv3", ...; empty for an unknown type
   std::uint64_t capabilities = 0;  ///< uapi::iommufd::hw_cap_*
 };
 Result<HardwareInfo> hardware_info(Kernel& kernel, int fd, std::uint32_t device) noexcept;

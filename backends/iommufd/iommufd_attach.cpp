@@ -60,9 +60,7 @@ Result<void> IommufdSpace::connect(const BoundDevice& device) {
 }
 
 Result<void> IommufdSpace::connect_tracking(const BoundDevice& device) {
-  const auto hardware = hardware_info(shared_.kernel(), shared_.fd(), device.object);
-  if (!hardware) return hardware.error();
-  if ((hardware->capabilities & uapi::hw_cap_dirty_tracking) == 0)
+  if ((device.hardware.capabilities & uapi::hw_cap_dirty_tracking) == 0)
     return base::fail(Errc::unsupported, Stage::attach, 0,
                       "{} cannot be attached: its IOMMU does not track dirty pages, and this space promises to",
                       device.name);
@@ -80,7 +78,12 @@ Result<void> IommufdSpace::connect_tracking(const BoundDevice& device) {
 }
 
 AttachedDevice IommufdSpace::describe(const BoundDevice& device) const {
-  return {.id = device.id, .name = device.name, .device_fd = device.fd.get(), .reserved = device.reserved};
+  return {.id = device.id,
+          .name = device.name,
+          .device_fd = device.fd.get(),
+          .reserved = device.reserved,
+          .iommu = device.hardware.name,
+          .dirty_tracking = (device.hardware.capabilities & uapi::hw_cap_dirty_tracking) != 0};
 }
 
 void IommufdSpace::devices_changed() noexcept {

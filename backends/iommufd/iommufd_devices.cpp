@@ -58,6 +58,7 @@ Result<BoundDevice> SharedDescriptor::bind(const DeviceSource& source) {
   const auto object = bind_cdev(device.fd.get(), source.cdev_fd, device.name);
   if (!object) return object.error();
   device.object = *object;
+  device.hardware = hardware_info(kernel_, fd_.get(), device.object).value_or(HardwareInfo{});
   if (const auto pinned = staging_.device_bound(device.object); !pinned) return pinned.error();
   // relaxed: an id is only compared.
   device.id = DeviceId{next_device_.fetch_add(1, std::memory_order_relaxed)};

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backends/backend.hpp"
+#include "backends/iommufd/ioas_calls.hpp"
 #include "backends/iommufd/staging.hpp"
 #include "backends/kernel_call.hpp"
 
@@ -18,6 +19,7 @@ struct BoundDevice {
   std::string name;
   KernelFd fd;               ///< our own: opened, or a duplicate of the caller's
   std::uint32_t object = 0;  ///< its id on the descriptor
+  HardwareInfo hardware;     ///< nothing known on kernels that do not tell
   std::vector<IovaRange> reserved;
 };
 

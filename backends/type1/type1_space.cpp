@@ -276,8 +276,12 @@ Result<AttachedDevice> Type1Space::attach(const DeviceSource& source) {
     return error;
   }
   devices_changed();
-  return AttachedDevice{
-      .id = device.id, .name = device.name, .device_fd = device.fd.get(), .reserved = device.reserved};
+  return AttachedDevice{.id = device.id,
+                        .name = device.name,
+                        .device_fd = device.fd.get(),
+                        .reserved = device.reserved,
+                        .iommu = {},
+                        .dirty_tracking = info->dirty_page_sizes != 0};
 }
 
 void Type1Space::devices_changed() {

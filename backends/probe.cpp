@@ -1,0 +1,165 @@
+#include "backends/probe.hpp"
+
+#include <fcntl.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <map>
+
+#include "backends/iommufd/ioas_calls.hpp"
+#include "backends/kernel_call.hpp"
+#include "backends/open.hpp"
+#include "backends/probe_devices.hpp"
+#include "backends/range_list.hpp"
+#include "backends/uapi/iommufd.hpp"
+#include "backends/uapi/vfio.hpp"
+#include "base/error_text.hpp"
+
+namespace iovane::backends {
+namespace {
+
+std::string cure_of_open(int os_errno, Interface interface) {
+  const bool iommufd = interface != Interface::type1_v1 && interface != Interface::type1_v2;
+  switch (os_errno) {
+    case ENOENT:
+    case ENODEV:
+    case ENXIO:
+      return iommufd ? "modprobe iommufd; a kernel built with CONFIG_IOMMUFD (6.2 or newer)"
+                     : "modprobe vfio vfio_iommu_type1; a kernel built with CONFIG_VFIO_CONTAINER";
+    case EACCES:
+    case EPERM: return "run as root, change the device node's owner, or hand in an open descriptor";
+    default: return {};
+  }
+}
+
+/// Opens a space without devices: what the interface itself can do.
+void ask_interface(Kernel& kernel, InterfaceReport& report) {
+  const auto backend = open_backend(kernel, {.name = std::string{to_string(report.interface)}});
+  if (!backend) {
+    report.reason = backend.error().detail();
+    return;
+  }
+  const auto space = (*backend)->create_space({});
+  if (!space) {
+    report.reason = space.error().detail();
+    return;
+  }
+  report.capabilities = (*space)->facts().capabilities;
+  report.usable = true;
+}
+
+void ask_extensions(Kernel& kernel, int fd, InterfaceReport& report) {
+  namespace vfio = uapi::vfio;
+  if (report.interface == Interface::iommufd) {
+    const bool map_file = iommufd::has_map_file(kernel, fd);
+    report.version = map_file ? "Linux 6.13 or newer" : "Linux 6.2 to 6.12";
+    if (map_file) report.extensions.emplace_back("IOAS_MAP_FILE");
+    uapi::iommufd::Option mode{.option_id = uapi::iommufd::option_rlimit_mode, .op = uapi::iommufd::option_op_get};
+    if (call(kernel, fd, mode) == 0)
+      report.extensions.emplace_back(mode.val64 == 0 ? "memlock per user" : "memlock per process");
+    return;
+  }
+  const long version = kernel.ioctl_value(fd, vfio::get_api_version, 0);
+  report.version = fmt::format("VFIO API version {}", version);
+  struct Extension {
+    unsigned long number;
+    const char* name;
+  };
+  for (const Extension& extension :
+       {Extension{vfio::type1_iommu, "TYPE1"}, Extension{vfio::type1_v2_iommu, "TYPE1v2"},
+        Extension{vfio::dma_cc_iommu, "DMA_CC"}, Extension{vfio::unmap_all, "UNMAP_ALL"},
+        Extension{vfio::update_vaddr, "UPDATE_VADDR"}, Extension{vfio::noiommu_iommu, "NOIOMMU"},
+        Extension{vfio::spapr_tce_iommu, "SPAPR_TCE"}, Extension{vfio::spapr_tce_v2_iommu, "SPAPR_TCE_v2"}})
+    if (kernel.ioctl_value(fd, vfio::check_extension, extension.number) > 0)
+      report.extensions.emplace_back(extension.name);
+}
+
+InterfaceReport probe_interface(Kernel& kernel, Interface interface) {
+  InterfaceReport report;
+  report.interface = interface;
+  const bool container = interface == Interface::type1_v1 || interface == Interface::type1_v2;
+  report.path = container ? "/dev/vfio/vfio" : "/dev/iommu";
+  const int fd = kernel.open(report.path.c_str(), O_RDWR);
+  if (fd < 0) {
+    report.present = fd != -ENOENT;
+    report.reason = open_descriptor(kernel, report.path.c_str(), {}).error().detail();
+    report.cure = cure_of_open(-fd, interface);
+    return report;
+  }
+  report.present = true;
+  ask_extensions(kernel, fd, report);
+  kernel.close(fd);
+  ask_interface(kernel, report);
+  return report;
+}
+
+/// An interface can only be used when a device can come in through it.
+void require_device(InterfaceReport& report, const std::vector<DeviceReport>& devices) {
+  if (!report.usable) return;
+  const bool by_cdev = report.interface == Interface::iommufd;
+  for (const DeviceReport& device : devices)
+    if (device.attachable && (!by_cdev || !device.pci.cdev.empty())) return;
+  report.usable = false;
+  report.reason = devices.empty() ? "no device of this host is behind an IOMMU"
+                  : by_cdev       ? "no device with a VFIO device node (/dev/vfio/devices) is free"
+                                  : "no device is bound to a VFIO driver";
+  report.cure = devices.empty()
+                    ? "enable the IOMMU in the firmware and on the kernel command line (intel_iommu=on, amd_iommu=on)"
+                    : "bind a device to vfio-pci (driver_override), with every other device of its group";
+}
+
+std::vector<ParityLine> parity(const std::vector<InterfaceReport>& interfaces) {
+  Capability iommufd = Capability::none, type1 = Capability::none, compat = Capability::none;
+  for (const InterfaceReport& report : interfaces) {
+    if (report.interface == Interface::iommufd) iommufd = report.capabilities;
+    if (report.interface == Interface::type1_v2) type1 = report.capabilities;
+    if (report.interface == Interface::compat_v2) compat = report.capabilities;
+  }
+  std::vector<ParityLine> lines;
+  for (std::uint32_t bit = 1; bit <= static_cast<std::uint32_t>(Capability::unmap_all); bit <<= 1U) {
+    const auto capability = static_cast<Capability>(bit);
+    if (has(iommufd | type1 | compat, capability))
+      lines.push_back({capability, has(iommufd, capability), has(type1, capability), has(compat, capability)});
+  }
+  return lines;
+}
+
+void choose(HostReport& report) {
+  std::string reasons;
+  for (const InterfaceReport& interface : report.interfaces) {
+    const bool candidate = interface.interface == Interface::iommufd || interface.interface == Interface::type1_v2;
+    if (!candidate) continue;
+    if (interface.usable) {
+      report.choice = interface.interface;
+      report.why = interface.interface == Interface::iommufd
+                       ? "iommufd: usable, and the only interface that pins memory once and maps in parallel"
+                       : fmt::format("type1: usable; iommufd is not: {}", reasons);
+      return;
+    }
+    reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", to_string(interface.interface), interface.reason);
+  }
+  report.why = fmt::format("no kernel interface is usable, only the software IOMMU: {}", reasons);
+}
+
+}  // namespace
+
+Result<HostReport> probe_host(Kernel& kernel, const ProbeOptions& options) {
+  HostReport report;
+  report.kernel = kernel.description();
+  auto inventory = kernel.pci_devices();
+  if (!inventory) return inventory.error();
+  report.groups = group_reports(*inventory);
+  report.devices = device_reports(*inventory, report.groups);
+  for (const Interface interface :
+       {Interface::iommufd, Interface::type1_v2, Interface::type1_v1, Interface::compat_v2, Interface::compat_v1}) {
+    report.interfaces.push_back(probe_interface(kernel, interface));
+    require_device(report.interfaces.back(), report.devices);
+  }
+  report.memlock = kernel.memlock();
+  report.parity = parity(report.interfaces);
+  choose(report);
+  if (options.attach_devices && report.choice) attach_for_facts(kernel, *report.choice, report.devices);
+  return report;
+}
+
+}  // namespace iovane::backends
