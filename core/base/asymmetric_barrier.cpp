@@ -1,0 +1,40 @@
+#include "base/asymmetric_barrier.hpp"
+
+#include <linux/membarrier.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace iovane::base {
+namespace detail {
+constinit std::atomic<bool> asymmetric_barrier_ready{false};
+}  // namespace detail
+
+namespace {
+// The textbook form's meeting point: every revoker passes through one location in one total order.
+constinit std::atomic<unsigned> revocations{0};
+
+long membarrier(int command) noexcept { return ::syscall(SYS_membarrier, command, 0, 0); }
+}  // namespace
+
+void prepare_asymmetric_barrier() noexcept {
+  if constexpr (asymmetric_barrier_possible) {
+    // relaxed: registering twice is harmless.
+    if (detail::asymmetric_barrier_ready.load(std::memory_order_relaxed)) return;
+    const long offered = membarrier(MEMBARRIER_CMD_QUERY);
+    if (offered < 0 || (offered & MEMBARRIER_CMD_PRIVATE_EXPEDITED) == 0) return;
+    if (membarrier(MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED) != 0) return;
+    // seq_cst: threads that used the strong form before stay correct, the weak form only starts after registration.
+    detail::asymmetric_barrier_ready.store(true, std::memory_order_seq_cst);
+  }
+}
+
+void heavy_barrier() noexcept {
+  // seq_cst: the strong form of the fence, needed when announcers use seq_cst stores.
+  revocations.fetch_add(1, std::memory_order_seq_cst);
+  if constexpr (asymmetric_barrier_possible) {
+    // relaxed: set before any announcer could rely on the weak form.
+    if (detail::asymmetric_barrier_ready.load(std::memory_order_relaxed)) membarrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED);
+  }
+}
+
+}  // namespace iovane::base

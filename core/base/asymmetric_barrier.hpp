@@ -1,0 +1,59 @@
+// One side of Dekker's handshake for free.
+//
+// Purpose: a frequent thread announces (stores A, then reads B) and a rare one revokes (stores B, then reads A). At
+//   least one of the two must see the other's store. Normally both need a full fence between store and load. Here the
+//   frequent side has only a compiler barrier, and the rare side makes every running thread of the process execute a
+//   fence: membarrier(2), MEMBARRIER_CMD_PRIVATE_EXPEDITED.
+// Roles: announce() on the frequent side, heavy_barrier() on the rare side, any number of threads on both.
+// Progress: announce() is wait-free. heavy_barrier() is one system call that interrupts running threads and waits for
+//   no stopped one.
+// Edges: announce(A) ... B.load  |  B.store ... heavy_barrier() ... A.load. If the announcing thread's load of B did
+//   not see the store, its store of A reached memory before the barrier ended: the kernel's barrier is a full fence on
+//   each CPU that runs one of our threads, and a thread that does not run passed one when it was switched out.
+// Without membarrier (old kernels, seccomp filters), under sanitizers and under the yield-point scheduler, announce()
+//   is a seq_cst store and heavy_barrier() a seq_cst read-modify-write: the textbook form, which ThreadSanitizer
+//   understands.
+// Source: membarrier(2); Linux Documentation/scheduler/membarrier.rst.
+#pragma once
+
+#include <atomic>
+
+namespace iovane::base {
+
+#if defined(IOVANE_SANITIZED) || defined(IOVANE_YIELD_POINTS) || !defined(__linux__)
+inline constexpr bool asymmetric_barrier_possible = false;
+#else
+inline constexpr bool asymmetric_barrier_possible = true;
+#endif
+
+namespace detail {
+// Set once, before the first announce(), by prepare_asymmetric_barrier(); never changes afterwards.
+extern constinit std::atomic<bool> asymmetric_barrier_ready;
+}  // namespace detail
+
+/// Registers the process with membarrier(2). Call before the first announce() on data that heavy_barrier() revokes;
+/// later calls do nothing. Any thread; one system call the first time.
+void prepare_asymmetric_barrier() noexcept;
+
+/// Stores `value` so that it takes part in the handshake with a following seq_cst load.
+template <typename T>
+inline void announce(std::atomic<T>& word, T value) noexcept {
+  if constexpr (asymmetric_barrier_possible) {
+    // relaxed: written once, before this thread could know the data structure.
+    if (detail::asymmetric_barrier_ready.load(std::memory_order_relaxed)) [[likely]] {
+      // W.announce - release: who sees this announcement sees what the thread did before it.
+      word.store(value, std::memory_order_release);
+      // Keeps the compiler from moving the following load up; the processor is kept from it by heavy_barrier().
+      asm volatile("" ::: "memory");
+      return;
+    }
+  }
+  // W.announce - seq_cst: totally ordered with the revoker's store and load.
+  word.store(value, std::memory_order_seq_cst);
+}
+
+/// The rare side's fence: everything announced before it by a thread that did not see our store is visible after it.
+/// Any thread; one system call of about a microsecond.
+void heavy_barrier() noexcept;
+
+}  // namespace iovane::base

@@ -1,0 +1,55 @@
+// Length classes: intervals of one exact length (and, if asked for, one alignment and ceiling) share runs.
+//
+// A class has no rounding: its slots are as long as the requests, so nothing is wasted inside an interval and no unit
+// that is not live belongs to a live interval. Classes are made on first use and live as long as the allocator; there
+// may be as many as the table holds, further lengths are served one by one.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "iova/metadata_arena.hpp"
+#include "iova/run.hpp"
+#include "iova/run_shelf.hpp"
+#include "iova/unit.hpp"
+
+namespace iovane::iova {
+
+/// What intervals of one class have in common, in one word.
+struct LengthKey {
+  std::uint64_t raw = 0;
+  /// `align_log2` in units, 0 when the length's natural alignment suffices; `ceiling_log2`: all units below
+  /// 2^ceiling_log2, 0 for no ceiling.
+  static constexpr LengthKey of(std::uint64_t length, unsigned align_log2, unsigned ceiling_log2) noexcept {
+    const unsigned align = align_log2 <= natural_alignment(length) ? 0 : align_log2;
+    return {(length << 12) | (std::uint64_t{align} << 6) | ceiling_log2};
+  }
+  constexpr std::uint64_t length() const noexcept { return raw >> 12; }
+  constexpr unsigned align_log2() const noexcept {
+    const unsigned asked = static_cast<unsigned>(raw >> 6) & 63;
+    return asked != 0 ? asked : natural_alignment(length());
+  }
+  constexpr bool over_aligned() const noexcept { return ((raw >> 6) & 63) != 0; }
+  constexpr unsigned ceiling_log2() const noexcept { return static_cast<unsigned>(raw) & 63; }
+  constexpr bool operator==(const LengthKey&) const noexcept = default;
+};
+
+/// Magazines of a thread cache: short lengths without further wishes have their own place, the others share by hash.
+inline constexpr unsigned direct_magazines = 128;
+inline constexpr unsigned magazine_places = 256;
+
+constexpr unsigned magazine_place(LengthKey key) noexcept {
+  const std::uint64_t length = key.length();
+  if (length <= direct_magazines && (key.raw & 0xfff) == 0) return static_cast<unsigned>(length) - 1;
+  return direct_magazines + static_cast<unsigned>((key.raw * 0x9e3779b97f4a7c15ULL) >> 57);
+}
+static_assert(magazine_place(LengthKey::of(~std::uint64_t{0} >> 12, 0, 0)) < magazine_places);
+
+struct LengthClass : ArenaObject {
+  LengthKey key;
+  std::atomic<std::uint64_t> slots;       ///< in runs of this class
+  std::atomic<std::uint64_t> slots_free;  ///< of these, in nobody's magazine and not live; approximate
+  RunShelf shelf;
+};
+
+}  // namespace iovane::iova

@@ -1,0 +1,291 @@
+// Between a thread's magazines and the runs that all threads share.
+#include <algorithm>
+#include <bit>
+
+#include "base/yield_point.hpp"
+#include "iova/allocator_core.hpp"
+
+namespace iovane::iova {
+namespace {
+
+// What a magazine may hold whatever else is live: 4 MiB of 4 KiB granules. Beyond, an eighth of the class's slots.
+constexpr std::uint64_t hoard_units_always = 1024;
+constexpr std::uint64_t hoard_divisor = 8;
+constexpr unsigned shelf_tries_max = 8;
+
+unsigned run_slots_for(std::uint64_t length, std::uint64_t class_slots) noexcept {
+  if (length >= multi_slot_length_max) return 1;
+  const std::uint64_t allowed = std::max(hoard_units_always / 4 / length, class_slots / hoard_divisor);
+  if (allowed >= run_many_slots) return run_many_slots;
+  if (allowed >= run_few_slots) return run_few_slots;
+  return allowed >= run_single_slots ? run_single_slots : 1;
+}
+
+}  // namespace
+
+unsigned AllocatorCore::capacity_for(const LengthClass& c) const noexcept {
+  if (!magazines_) return 1;
+  // relaxed: a statistic.
+  const std::uint64_t allowed =
+      std::max(hoard_units_always / c.key.length(), c.slots.load(std::memory_order_relaxed) / hoard_divisor);
+  return static_cast<unsigned>(std::clamp<std::uint64_t>(allowed, 1, Magazine::entries_max - 1));
+}
+
+// The magazine for a class, empty or with valid entries. Null without memory. Not inside a section.
+Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId class_id) noexcept {
+  auto& place = me.magazines[magazine_place(key)];
+  // relaxed: only the owner writes the place and its magazine.
+  Magazine* magazine = place.load(std::memory_order_relaxed);
+  if (magazine == nullptr) {
+    const ObjectId id = arena_.allocate(ObjectKind::magazine, sizeof(Magazine));
+    if (id == 0) return nullptr;
+    magazine = new (arena_.at<void>(id)) Magazine{};
+    magazine->incarnation = me.incarnation();
+  }
+  if (magazine->class_id != class_id) {
+    // Another class used the place: its entries go back to their runs.
+    if (magazine->class_id != 0) {
+      revalidate(me, *magazine);
+      flush(me, *magazine, magazine->count);
+      // relaxed: statistics.
+      const std::int64_t net = magazine->net_live.load(std::memory_order_relaxed);
+      const std::uint64_t length = magazine->length.load(std::memory_order_relaxed);
+      magazine->net_live.store(0, std::memory_order_relaxed);
+      bump(me.other_intervals, net);
+      bump(me.other_units, net * static_cast<std::int64_t>(length));
+    }
+    magazine->class_id = class_id;
+    magazine->length_class = class_at(class_id);
+    magazine->length.store(key.length(), std::memory_order_relaxed);
+    magazine->capacity = capacity_for(*magazine->length_class);
+    // W.magazine - release: statistics readers see an initialised magazine.
+    place.store(magazine, std::memory_order_release);
+  }
+  revalidate(me, *magazine);
+  return magazine;
+}
+
+// After this thread's incarnation was closed: carries the entries over that nobody took.
+void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
+  // R.state - seq_cst: as in the handshake; only the owner opens.
+  if ((me.state.load(std::memory_order_seq_cst) & 7) != ThreadCache::open) reopen(me);
+  if (magazine.incarnation == me.incarnation()) return;
+  const SlotWord old = SlotWord::of(SlotState::hoarded, magazine.incarnation);
+  const SlotWord now = SlotWord::of(SlotState::hoarded, me.incarnation());
+  unsigned kept = 0;
+  for (unsigned i = 0; i < magazine.count; ++i) {
+    std::uint64_t expected = old.raw;
+    base::yield_point("magazine.carry");
+    // A.slot - acq_rel: whoever evicted the slot meanwhile has it. No other object's slot carries an incarnation of
+    // ours, so a recycled run cannot be mistaken.
+    if (magazine.entries[i].slot.word().compare_exchange_strong(expected, now.raw, std::memory_order_acq_rel,
+                                                                std::memory_order_relaxed))
+      magazine.entries[kept++] = magazine.entries[i];
+  }
+  magazine.count = kept;
+  magazine.incarnation = me.incarnation();
+  // A doomed run's slots are not handed out again. They are rare: sort them out one by one.
+  for (unsigned i = 0; i < magazine.count;) {
+    const MagazineEntry entry = magazine.entries[i];
+    // R.bits - seq_cst: set_usable() dooms runs before it closes incarnations.
+    if ((entry.slot.run().bits.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
+      ++i;
+      continue;
+    }
+    magazine.entries[i] = magazine.entries[--magazine.count];
+    put_back(me, {&entry, 1}, magazine.incarnation);
+  }
+}
+
+// Marks slots that have just become free in their run's word and on the shelf. Inside a section.
+void AllocatorCore::note_free_slots(ThreadCache& me, Run& run, std::uint64_t mask) noexcept {
+  base::yield_point("run.free_bits");
+  // W.bits - seq_cst: the shelf's handshake; release: the slots' words come first.
+  const std::uint64_t before = run.bits.fetch_or(mask, std::memory_order_seq_cst);
+  // relaxed: they do not change while the section protects the run.
+  const std::uint32_t position = run.position.load(std::memory_order_relaxed);
+  const ObjectId c = run.length_class.load(std::memory_order_relaxed);
+  if (c == 0) return;
+  LengthClass& length_class = *class_at(c);
+  // relaxed: a statistic.
+  length_class.slots_free.fetch_add(static_cast<unsigned>(std::popcount(mask & ~before)), std::memory_order_relaxed);
+  if ((before & Run::slot_bits) == 0 && (before & Run::doomed) == 0 && position != Run::no_position)
+    length_class.shelf.set_ready(arena_, position);
+  static_cast<void>(me);
+}
+
+// Hoarded slots go back to their runs. Not inside a section.
+void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> entries, Incarnation owner) noexcept {
+  constexpr unsigned idle_max = Magazine::entries_max;
+  std::array<Run*, idle_max> idle;  // runs to look at again when the section is over
+  unsigned idle_count = 0;
+  {
+    MapSection section{map_, me};  // keeps each run from being reused between its slot's word and its bits
+    for (std::size_t i = 0; i < entries.size();) {
+      Run& run = entries[i].slot.run();
+      std::uint64_t mask = 0;
+      for (; i < entries.size() && &entries[i].slot.run() == &run; ++i) {
+        std::uint64_t expected = SlotWord::of(SlotState::hoarded, owner).raw;
+        base::yield_point("slot.put_back");
+        // A.slot - acq_rel: hoarded -> free. It fails if a claim took the slot.
+        if (entries[i].slot.word().compare_exchange_strong(expected, SlotWord::of(SlotState::free).raw,
+                                                           std::memory_order_acq_rel, std::memory_order_relaxed))
+          mask |= std::uint64_t{1} << entries[i].slot.index();
+      }
+      if (mask == 0) continue;
+      note_free_slots(me, run, mask);
+      // R.bits - seq_cst: see revalidate().
+      const std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
+      const bool doomed = (bits & Run::doomed) != 0;
+      const bool full =
+          static_cast<unsigned>(std::popcount(bits & Run::slot_bits)) == run.slots.load(std::memory_order_relaxed);
+      if ((doomed || full) && idle_count < idle_max) idle[idle_count++] = &run;
+    }
+  }
+  for (unsigned i = 0; i < idle_count; ++i) retire_if_idle(me, *idle[i]);
+}
+
+void AllocatorCore::flush(ThreadCache& me, Magazine& magazine, unsigned count) noexcept {
+  put_back(me, {magazine.entries, count}, magazine.incarnation);
+  std::copy(magazine.entries + count, magazine.entries + magazine.count, magazine.entries);
+  magazine.count -= count;
+}
+
+// A run whose slots are all free goes back to the map if its class has plenty; a doomed one gives back what it can.
+// The object may have become another run by now, which then is treated the same. Not inside a section.
+void AllocatorCore::retire_if_idle(ThreadCache& me, Run& run) noexcept {
+  {
+    MapSection section{map_, me};
+    // relaxed: hints; the slots' words decide.
+    const std::uint32_t slots = run.slots.load(std::memory_order_relaxed);
+    const ObjectId c = run.length_class.load(std::memory_order_relaxed);
+    // R.bits - seq_cst: see revalidate().
+    std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
+    // R.shape - acquire: the run is in this section's version or later, so the section protects what follows.
+    if ((run.generation.load(std::memory_order_acquire) & 1) != 0) return;
+    if (run.born.load(std::memory_order_acquire) > section.version()) return;
+    const bool doomed = (bits & Run::doomed) != 0;
+    if (!doomed) {
+      if (c == 0 || static_cast<unsigned>(std::popcount(bits & Run::slot_bits)) != slots) return;
+      const LengthClass& length_class = *class_at(c);
+      const std::uint64_t length = length_class.key.length();
+      // relaxed: statistics.
+      const std::uint64_t keep =
+          std::max({hoard_units_always / length, length_class.slots.load(std::memory_order_relaxed) / hoard_divisor,
+                    std::uint64_t{1}});
+      if (length_class.slots_free.load(std::memory_order_relaxed) <= keep) return;
+      base::yield_point("run.retire");
+      // A.bits - seq_cst: nobody finds free slots here any more; who has taken some already keeps them.
+      if (!run.bits.compare_exchange_strong(bits, bits & ~Run::slot_bits, std::memory_order_seq_cst)) return;
+      // relaxed: a statistic.
+      class_at(c)->slots_free.fetch_sub(slots, std::memory_order_relaxed);
+    }
+    for (unsigned i = 0; i < slots && i < Run::slots_max; ++i) {
+      std::uint64_t expected = SlotWord::of(SlotState::free).raw;
+      base::yield_point("slot.settle");
+      // A.slot - acq_rel: free -> settled; settle() follows.
+      run.slot(i).compare_exchange_strong(expected, SlotWord::of(SlotState::settled).raw, std::memory_order_acq_rel,
+                                          std::memory_order_relaxed);
+    }
+  }
+  settle(me, run);
+}
+
+// Up to `want` slots from a run of the class. False when none was found at once.
+bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigned want) noexcept {
+  LengthClass& c = *magazine.length_class;
+  const SlotWord mine = SlotWord::of(SlotState::hoarded, magazine.incarnation);
+  MapSection section{map_, me};
+  for (unsigned tries = 0; tries < shelf_tries_max; ++tries) {
+    const auto found = c.shelf.find_ready(arena_, me.index * 7);
+    if (!found) return false;
+    Run& run = *arena_.at<Run>(found->run);
+    const RunShape shape = RunShape::load(run);
+    // R.shape - acquire.
+    if (run.born.load(std::memory_order_acquire) > section.version()) section.renew();
+    const bool ours = run.length_class.load(std::memory_order_acquire) == magazine.class_id;
+    // R.bits - seq_cst: not doomed now, so the section's version is below what bury() stamps; see era.hpp.
+    std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
+    if (!ours || !shape.valid() || !shape.unchanged(run)) continue;
+    std::uint64_t taken = 0;
+    while ((bits & Run::slot_bits) != 0 && (bits & Run::doomed) == 0) {
+      taken = 0;
+      std::uint64_t left = bits & Run::slot_bits;
+      for (unsigned n = 0; n < want && left != 0; ++n) {
+        const std::uint64_t one = direction_ == Direction::bottom_up ? left & -left : std::bit_floor(left);
+        taken |= one;
+        left &= ~one;
+      }
+      base::yield_point("run.take_bits");
+      // A.bits - seq_cst: the shelf's handshake.
+      if (run.bits.compare_exchange_weak(bits, bits & ~taken, std::memory_order_seq_cst)) {
+        bits &= ~taken;
+        break;
+      }
+      taken = 0;  // lock-free: another thread changed the word
+    }
+    if ((bits & Run::slot_bits) == 0) {
+      c.shelf.clear_ready(arena_, found->position);
+      base::yield_point("run.recheck");
+      // R.bits - seq_cst: slots freed since then set the shelf's bit themselves, or we do.
+      const std::uint64_t again = run.bits.load(std::memory_order_seq_cst);
+      if ((again & Run::slot_bits) != 0 && (again & Run::doomed) == 0 && shape.unchanged(run))
+        c.shelf.set_ready(arena_, found->position);
+    }
+    if (taken == 0) continue;
+    // relaxed: a statistic.
+    c.slots_free.fetch_sub(static_cast<unsigned>(std::popcount(taken)), std::memory_order_relaxed);
+    unsigned got = 0;
+    while (taken != 0) {
+      // The slot to be handed out first is pushed last.
+      const auto index = static_cast<unsigned>(direction_ == Direction::bottom_up ? std::bit_width(taken) - 1
+                                                                                  : std::countr_zero(taken));
+      taken &= ~(std::uint64_t{1} << index);
+      std::uint64_t expected = SlotWord::of(SlotState::free).raw;
+      base::yield_point("slot.take");
+      // A.slot - acq_rel: free -> hoarded. It fails if a claim or an eviction took the slot; its bit was only a hint.
+      if (!run.slot(index).compare_exchange_strong(expected, mine.raw, std::memory_order_acq_rel,
+                                                   std::memory_order_relaxed))
+        continue;
+      magazine.entries[magazine.count++] = {shape.slot_range(index).first, SlotRef::of(run, index)};
+      ++got;
+    }
+    if (got > 0) return true;
+  }
+  return false;
+}
+
+// Gets at least one entry into an empty magazine. Not inside a section.
+bool AllocatorCore::refill(ThreadCache& me, Magazine& magazine, Unit last_max) noexcept {
+  LengthClass& c = *magazine.length_class;
+  magazine.capacity = capacity_for(c);
+  const unsigned want = std::max(1U, (magazine.capacity + 1) / 2);
+  if (take_from_shelf(me, magazine, want)) return true;
+  // relaxed: a statistic.
+  unsigned slots = c.key.over_aligned() ? 1 : run_slots_for(c.key.length(), c.slots.load(std::memory_order_relaxed));
+  for (;;) {
+    const unsigned first_count = std::min(slots, want);
+    const MadeRun made = make_run(me, {.length = c.key.length(),
+                                       .slots = slots,
+                                       .align_log2 = c.key.align_log2(),
+                                       .last_max = last_max,
+                                       .kind = RunKind::shelved,
+                                       .length_class = magazine.class_id,
+                                       .first_word = SlotWord::of(SlotState::hoarded, magazine.incarnation),
+                                       .first_count = first_count,
+                                       .at = std::nullopt,
+                                       .at_slot = 0});
+    if (made.outcome == Outcome::done) {
+      hint(made.first, arena_.id_of(made.run));
+      for (unsigned n = first_count; n-- > 0;) {
+        const unsigned index = direction_ == Direction::bottom_up ? n : slots - 1 - n;
+        magazine.entries[magazine.count++] = {made.first + index * c.key.length(), SlotRef::of(*made.run, index)};
+      }
+      return true;
+    }
+    if (slots == 1) return false;
+    slots = slots > run_few_slots ? run_few_slots : slots > run_single_slots ? run_single_slots : 1;
+  }
+}
+
+}  // namespace iovane::iova

@@ -1,0 +1,159 @@
+// Runs: stretches of IOVA cut into slots of one length, one word of truth per slot.
+//
+// Purpose: every interval that is live, cached or waiting lies in exactly one slot of one run, and the slot's word says
+//   which of these it is. Deciding about an interval is one operation on that word.
+// State word of a slot (SlotWord):
+//     [63..16] incarnation's generation | [15..3] incarnation's thread cache + 1 | [2..0] state
+//   free      nobody's; whoever changes it by CAS has it
+//   hoarded   in the magazine of that incarnation of a thread cache (thread_cache.hpp)
+//   live      handed out. With an incarnation: *biased*, only that incarnation may retire it, by plain stores, until it
+//             is closed. Without: anybody by CAS.
+//   settled   left the run for good; the map gives its units away. The intent comes first, the map follows: settle() in
+//             interval_allocator.cpp, which any thread that meets the word may finish.
+// State word of a run (Run::bits): [62] doomed: its slots are not handed out again (set for
+//   good before the run is retired) | [61] parked | [59..0] slots that
+//   are probably free. A hint: the slot's own word decides.
+// Transitions:  free -> hoarded | live | settled (CAS)            hoarded -> live (owner) | free, settled (CAS)
+//               live -> hoarded (owner) | hoarded, free, settled (CAS)
+// Identity: `generation` is even while the run means what its fields say and odd while they change. A reader without a
+//   section loads it, the fields and a slot's word, and loads it again: unchanged and even proves they belong together.
+// Reclamation: era.hpp. `slots_left` counts slots that the map still gives to the run; who takes the last one retires
+// it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "iova/metadata_arena.hpp"
+#include "iova/unit.hpp"
+
+namespace iovane::iova {
+
+enum class SlotState : std::uint8_t { free = 0, hoarded = 1, live = 2, settled = 3 };
+
+/// Which thread cache, at which generation; bits [2..0] are free for a state.
+struct Incarnation {
+  std::uint64_t raw = 0;
+  static constexpr Incarnation of(std::uint32_t cache_index, std::uint64_t generation) noexcept {
+    return {(generation << 16) | (std::uint64_t{cache_index + 1} << 3)};
+  }
+  constexpr bool nobody() const noexcept { return raw == 0; }
+  constexpr std::uint32_t cache_index() const noexcept { return static_cast<std::uint32_t>((raw >> 3) & 0x1fff) - 1; }
+  constexpr bool operator==(const Incarnation&) const noexcept = default;
+};
+
+struct SlotWord {
+  std::uint64_t raw = 0;
+  static constexpr SlotWord of(SlotState state, Incarnation owner = {}) noexcept {
+    return {owner.raw | static_cast<std::uint64_t>(state)};
+  }
+  constexpr SlotState state() const noexcept { return static_cast<SlotState>(raw & 7); }
+  constexpr Incarnation owner() const noexcept { return {raw & ~std::uint64_t{7}}; }
+  constexpr bool operator==(const SlotWord&) const noexcept = default;
+};
+
+/// Where a run's slots go when they are freed.
+enum class RunKind : std::uint8_t {
+  shelved,    ///< cut for a length class: slots move through magazines
+  claimed,    ///< made by claim(): freed slots stay for the next claim of the same range
+  irregular,  ///< fits no class: a freed slot leaves the run
+};
+
+struct Run : VersionedObject {
+  static constexpr unsigned slots_max = 60;
+  static constexpr std::uint64_t slot_bits = (std::uint64_t{1} << slots_max) - 1;
+  static constexpr std::uint64_t doomed = std::uint64_t{1} << 62;
+  static constexpr std::uint64_t parked = std::uint64_t{1} << 61;
+  static constexpr std::uint32_t no_position = ~std::uint32_t{0};
+
+  // Atomics because readers without a section may look while the object is made into another run; see Identity.
+  std::atomic<std::uint32_t> generation;
+  std::atomic<std::uint32_t> slots;       ///< how many
+  std::atomic<std::uint64_t> first;       ///< unit
+  std::atomic<std::uint64_t> length;      ///< units per slot
+  std::atomic<std::uint64_t> reciprocal;  ///< reciprocal_of(): makes the division a multiplication
+  std::atomic<std::uint64_t> bits;
+  std::atomic<std::uint64_t> born;  ///< VersionedObject::birth for readers without a section
+  std::atomic<std::uint32_t> slots_left;
+  std::atomic<ObjectId> length_class;   ///< 0 unless shelved
+  std::atomic<std::uint32_t> position;  ///< on the class's shelf
+  std::atomic<RunKind> run_kind;
+  // followed by one word per slot
+
+  std::atomic<std::uint64_t>& slot(unsigned index) noexcept {
+    return reinterpret_cast<std::atomic<std::uint64_t>*>(this + 1)[index];
+  }
+  const std::atomic<std::uint64_t>& slot(unsigned index) const noexcept {
+    return reinterpret_cast<const std::atomic<std::uint64_t>*>(this + 1)[index];
+  }
+  static constexpr std::size_t bytes_for(unsigned slots) noexcept;
+};
+static_assert(sizeof(Run) == 88);
+static_assert(sizeof(std::atomic<std::uint64_t>) == 8 && alignof(Run) == 8);
+
+/// Sizes in which runs are made; counts between are possible (bounded by what fits), sizes of objects are not.
+inline constexpr unsigned run_single_slots = (128 - sizeof(Run)) / 8;
+inline constexpr unsigned run_few_slots = (192 - sizeof(Run)) / 8;
+inline constexpr unsigned run_many_slots = Run::slots_max;
+
+constexpr std::size_t Run::bytes_for(unsigned slots) noexcept {
+  return sizeof(Run) + 8 * (slots <= run_single_slots ? run_single_slots
+                            : slots <= run_few_slots  ? run_few_slots
+                                                      : run_many_slots);
+}
+constexpr ObjectKind run_object_kind(unsigned slots) noexcept {
+  return slots <= run_single_slots ? ObjectKind::run_single
+         : slots <= run_few_slots  ? ObjectKind::run_few
+                                   : ObjectKind::run_many;
+}
+
+/// Runs of several slots have slots shorter than this, so that the reciprocal is exact: 60 * length^2 < 2^63.
+inline constexpr std::uint64_t multi_slot_length_max = std::uint64_t{1} << 28;
+
+/// Names a slot: the run's address, which is a multiple of 64, plus the slot's index.
+struct SlotRef {
+  std::uintptr_t raw = 0;
+  static SlotRef of(Run& run, unsigned index) noexcept { return {reinterpret_cast<std::uintptr_t>(&run) | index}; }
+  Run& run() const noexcept { return *reinterpret_cast<Run*>(raw & ~std::uintptr_t{63}); }
+  unsigned index() const noexcept { return static_cast<unsigned>(raw & 63); }
+  std::atomic<std::uint64_t>& word() const noexcept { return run().slot(index()); }
+};
+
+__extension__ using Wide = unsigned __int128;
+
+/// What a run's fields said at one moment.
+struct RunShape {
+  std::uint32_t generation;
+  std::uint32_t slots;
+  Unit first;
+  std::uint64_t length;
+  std::uint64_t reciprocal;
+
+  static RunShape load(const Run& run) noexcept {
+    // R.shape - acquire, pairs with W.shape: each load stays before the next, and a value of a later incarnation brings
+    // the odd generation with it, which unchanged() sees.
+    return {run.generation.load(std::memory_order_acquire), run.slots.load(std::memory_order_acquire),
+            run.first.load(std::memory_order_acquire), run.length.load(std::memory_order_acquire),
+            run.reciprocal.load(std::memory_order_acquire)};
+  }
+  constexpr bool valid() const noexcept { return (generation & 1) == 0; }
+  bool unchanged(const Run& run) const noexcept {
+    // relaxed: the acquire loads before it keep it last.
+    return run.generation.load(std::memory_order_relaxed) == generation;
+  }
+  constexpr UnitRange range() const noexcept { return {first, first + slots * length - 1}; }
+  /// Precondition: range().contains(unit).
+  constexpr unsigned slot_of(Unit unit) const noexcept {
+    return static_cast<unsigned>((static_cast<Wide>(unit - first) * reciprocal) >> 63);
+  }
+  constexpr UnitRange slot_range(unsigned slot) const noexcept {
+    return {first + slot * length, first + slot * length + length - 1};
+  }
+};
+
+/// 2^63 / length rounded up; 0 for a run of one slot, whose every unit is in slot 0.
+constexpr std::uint64_t reciprocal_of(std::uint64_t length, unsigned slots) noexcept {
+  return slots == 1 ? 0 : ((std::uint64_t{1} << 63) - 1) / length + 1;
+}
+
+}  // namespace iovane::iova

@@ -1,0 +1,84 @@
+// A thread's own store of free intervals, and the licence to use it without atomic read-modify-writes.
+//
+// Purpose: allocate() and free() of a length that the thread used before are a pop and a push.
+// Roles: the owner (one thread at a time) does everything here; any other thread may only *close* the current
+//   incarnation, when it needs a slot that belongs to it: a biased live interval that it frees, or a hoarded one inside
+//   a range that it claims.
+// Progress: the owner never waits: closed, it goes on with the next incarnation. The closer executes one heavy barrier.
+// State word (ThreadCache::state): an Incarnation; low bits 0 open, 1 closing, 2 closed.
+// Transitions: open -> closing (anyone, CAS) -> closed (anyone, CAS, after a heavy barrier) -> next generation's open
+//   (owner, store; from closing too).
+// Invariants: I1 the owner changes a slot by a plain store only between announcing it in `busy` and clearing `busy`,
+//   and only after finding, in between, the state open. I2 a thread other than the owner changes a slot that carries
+//   incarnation i only after i was closed or passed and, if it is still the current one, `busy` does not name the slot.
+//   I3 every entry of a magazine whose `incarnation` is the open one names a slot that is hoarded by it, once.
+// Why that is exclusive: announce / load state  against  CAS state / heavy barrier / load busy is Dekker's handshake
+//   (base/asymmetric_barrier.hpp). Either the owner sees the closing and leaves the slot alone, or the closer sees the
+//   announcement and leaves it alone. A `busy` that was cleared was cleared with release, so the closer sees the
+//   owner's store.
+// When the closer finds the slot announced: the owner is in the middle of handing out or taking back exactly this
+//   interval, perhaps stopped there. The slot then counts as live and the other call fails, naming it: its order is
+//   before the owner's free or after the owner's allocation. Nobody waits.
+// Linearization: the owner's store to the slot's word; the other thread's CAS on it.
+// ABA: generations have 48 bits and never repeat.
+// Source: biased locking with revocation, as in Kawachiya, Koseki, Onodera, OOPSLA 2002, per interval and without a
+// lock. Proven by: tests/litmus/interval_allocator_test.cpp (every step frozen),
+// tests/stress/interval_allocator_test.cpp.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "iova/era.hpp"
+#include "iova/length_class.hpp"
+#include "iova/run.hpp"
+
+namespace iovane::iova {
+
+struct MagazineEntry {
+  Unit first;
+  SlotRef slot;
+};
+
+struct Magazine : ArenaObject {
+  static constexpr unsigned entries_max = 64;
+  std::uint32_t count;
+  std::uint32_t capacity;              ///< below entries_max, so that one more always has room
+  Incarnation incarnation;             ///< whose the entries are
+  std::atomic<std::uint64_t> length;   ///< units
+  std::atomic<std::int64_t> net_live;  ///< handed out less taken back by this thread; others read it for statistics
+  LengthClass* length_class;
+  ObjectId class_id;
+  MagazineEntry entries[entries_max];
+};
+
+struct alignas(64) ThreadCache : ArenaObject, Participant {
+  static constexpr std::uint64_t open = 0;
+  static constexpr std::uint64_t closing = 1;
+  static constexpr std::uint64_t closed = 2;
+
+  std::atomic<std::uint64_t> state;
+  std::atomic<std::uintptr_t> busy;  ///< SlotRef of the slot being changed, 0 for none
+  SlotWord live_word;                ///< what a slot that this thread hands out says
+  std::uint32_t index;
+  std::atomic<std::uint32_t> owned;            ///< 1 while a thread has it
+  std::atomic<std::uint32_t> freed_by_others;  ///< this incarnation was closed to free a biased interval
+  std::uint64_t generation;
+  std::uint64_t unbiased_frees_left;          ///< own frees until intervals are biased again
+  std::uint64_t unbiased_frees_next;          ///< how long the next such period lasts
+  std::atomic<std::int64_t> other_intervals;  ///< live intervals that went through no magazine, net
+  std::atomic<std::int64_t> other_units;
+  std::array<std::atomic<Magazine*>, magazine_places> magazines;
+
+  Incarnation incarnation() const noexcept { return Incarnation::of(index, generation); }
+};
+
+/// Adds to a counter that only its owner writes.
+template <typename T>
+inline void bump(std::atomic<T>& counter, T by) noexcept {
+  // relaxed: one writer; readers want a number of some moment.
+  counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
+}
+
+}  // namespace iovane::iova
