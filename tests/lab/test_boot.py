@@ -74,6 +74,11 @@ class Boot(unittest.TestCase):
         self.assertStatus(run, 71)
         self.assertIn("no-such-device", run.stderr)
 
+    def test_a_device_to_bind_that_is_not_there_is_named(self):
+        run = self.probe(options=("--bind", "dead:beef"))
+        self.assertStatus(run, 71)
+        self.assertIn("no PCI device dead:beef", run.stderr)
+
     def test_a_program_that_is_not_there(self):
         self.assertStatus(lab("--", "/nowhere/program"), 71)
 

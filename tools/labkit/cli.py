@@ -95,7 +95,7 @@ def _run_options(run: argparse.ArgumentParser) -> None:
 
     devices = run.add_argument_group("devices")
     devices.add_argument("--edu", type=int, default=2, metavar="N", help="devices that do DMA on command (%(default)s)")
-    devices.add_argument("--iommu", metavar="MODE", help="; ".join(f"{m.name}: {', '.join(m.iommus)}" for m in machine.MACHINES) + " (the first)")
+    devices.add_argument("--iommu", metavar="MODE", help="; ".join(f"{m.name}: {', '.join(m.iommus)}" for m in machine.MACHINES if len(m.iommus) > 1) + "; the first unless said")
     devices.add_argument("--device", action="append", default=[], metavar="SPEC", help="one more device, in QEMU's words; may repeat")
     devices.add_argument("--bind", action="append", default=[], metavar="ID", help="bind these to vfio-pci too: vendor:device or a PCI address; may repeat")
     devices.add_argument("--dma-entry-limit", type=int, metavar="N", help="type1's limit on mappings (the kernel's own is 65535)")
@@ -106,7 +106,7 @@ def _run_options(run: argparse.ArgumentParser) -> None:
     files.add_argument("--file", action="append", default=[], metavar="PATH[:GUEST]", help="put a file or directory into the guest, with the libraries it needs; may repeat")
     files.add_argument("--out", type=Path, metavar="DIRECTORY", help="bring back what the program left in /out, its working directory")
     files.add_argument("--bring", action="append", default=[], metavar="GUEST", help="with --out: this file or directory as well, under its full path; may repeat")
-    files.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the program; NAME alone passes this shell's value; may repeat")
+    files.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the program; NAME alone passes this shell's value; may repeat")
 
     judging = run.add_argument_group("judging")
     judging.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for boot and program together (%(default)s)")
@@ -181,7 +181,7 @@ def _run(options) -> int:
         bring=options.bring,
         out=options.out,
         environment=_environment(options.env),
-        bind=([machine.EDU] if options.edu else []) + options.bind,
+        bind=([machine.EDU] if options.edu and wish.iommu != "none" else []) + options.bind,
         devices=options.device,
         emulator_arguments=options.qemu,
         command_line=([f"hugepages={options.hugepages}"] if options.hugepages else []) + options.append,

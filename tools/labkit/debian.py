@@ -75,7 +75,8 @@ def apt_options(suite: Suite) -> list[str]:
 
 def update(suite: Suite) -> None:
     say(f"reading Debian's package list of {suite.name}, {suite.architecture}")
-    _insist(["apt-get", "-q", *apt_options(suite), "update"])
+    with cache.lock(f"apt+{suite.name}-{suite.architecture}"):
+        _insist(["apt-get", "-q", *apt_options(suite), "update"])
 
 
 def newest(pattern: str, suite: Suite) -> str:

@@ -304,17 +304,18 @@ static void find_entry(const char *path, const char *prefix, char *name, size_t 
   if (dir) closedir(dir);
 }
 
-static bool wanted_device(const char *bdf) {
+// Which entry of the job asks for this device; -1 when none does.
+static int asked_by(const char *bdf) {
   char path[512], vendor[16], device[16], id[40];
   snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/vendor", bdf);
   read_line(path, vendor, sizeof vendor);
   snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/device", bdf);
   read_line(path, device, sizeof device);
-  if (strlen(vendor) < 3 || strlen(device) < 3) return false;
+  if (strlen(vendor) < 3 || strlen(device) < 3) return -1;
   snprintf(id, sizeof id, "%s:%s", vendor + 2, device + 2);
   for (int i = 0; i < job.bind.count; i++)
-    if (strcasecmp(job.bind.item[i], id) == 0 || strcasecmp(job.bind.item[i], bdf) == 0) return true;
-  return false;
+    if (strcasecmp(job.bind.item[i], id) == 0 || strcasecmp(job.bind.item[i], bdf) == 0) return i;
+  return -1;
 }
 
 // Binds the asked-for devices to vfio-pci and tells the program where they are:
@@ -323,11 +324,14 @@ static bool wanted_device(const char *bdf) {
 static void bind_devices(void) {
   static char devices[4096] = "IOVANE_LAB_DEVICES=", groups[4096] = "IOVANE_LAB_GROUPS=", cdevs[4096] = "IOVANE_LAB_CDEVS=";
   char *device_list = strchr(devices, '=') + 1, *group_list = strchr(groups, '=') + 1, *cdev_list = strchr(cdevs, '=') + 1;
+  bool found[list_max] = {false};
   struct dirent **entry = NULL;
   int count = job.bind.count ? scandir("/sys/bus/pci/devices", &entry, NULL, alphasort) : 0;
   for (int i = 0; i < count; i++) {
     const char *bdf = entry[i]->d_name;
-    if (bdf[0] == '.' || !wanted_device(bdf)) continue;
+    int asker = bdf[0] == '.' ? -1 : asked_by(bdf);
+    if (asker < 0) continue;
+    found[asker] = true;
     char path[512], target[512], name[300];
     snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/driver/unbind", bdf);
     write_text(path, bdf);
@@ -349,6 +353,8 @@ static void bind_devices(void) {
     snprintf(path, sizeof path, "/dev/vfio/devices/%s", name);
     append_csv(cdev_list, sizeof cdevs - 32, name[0] && access("/dev/vfio/devices", F_OK) == 0 && await_path(path) ? path : "-");
   }
+  for (int i = 0; i < job.bind.count; i++)
+    if (!found[i]) give_up("no PCI device %s to bind", job.bind.item[i]);
   append(&job.env, devices);
   append(&job.env, groups);
   append(&job.env, cdevs);
