@@ -1,0 +1,52 @@
+#include "backends/model/domain.hpp"
+
+#include <algorithm>
+
+#include "backends/model/simulated_device.hpp"
+
+namespace iovane::backends::model {
+namespace {
+unsigned levels_for(unsigned address_bits) noexcept {
+  return std::clamp((address_bits - 12 + 8) / 9, 3U, page_table_levels_max);
+}
+}  // namespace
+
+Domain::Domain(const IommuOptions& iommu) noexcept
+    : iommu_{iommu}, table_{levels_for(iommu.address_bits), iommu.page_sizes} {}
+
+Domain::~Domain() = default;
+
+IovaRange Domain::aperture() const noexcept { return {Iova{0}, Iova{(std::uint64_t{1} << iommu_.address_bits) - 1}}; }
+
+std::int64_t Domain::unmap(IovaRange range) noexcept {
+  const std::int64_t bytes = table_.unmap(range);
+  if (bytes >= 0) invalidate(range);
+  return bytes;
+}
+
+void Domain::invalidate(IovaRange range) noexcept {
+  // E.epoch - pairs with enter_walk(): either the announcement is visible below or the edit was visible to the walk.
+  epoch_.fetch_add(1, std::memory_order_acq_rel);
+  for (SimulatedDevice* device : devices_) device->invalidate(range);
+  if (table_.has_retired()) table_.reclaim();
+}
+
+void Domain::set_dirty_tracking(bool on) noexcept {
+  if (on) table_.read_dirty(IovaRange::everything(), true, [](IovaRange) {});
+  dirty_tracking_.store(on, std::memory_order_relaxed);  // relaxed: see dirty_tracking()
+  invalidate(IovaRange::everything());
+}
+
+void Domain::join(SimulatedDevice& device) {
+  devices_.push_back(&device);
+  device.set_domain(this);
+}
+
+void Domain::leave(SimulatedDevice& device) noexcept {
+  device.set_domain(nullptr);
+  forget(device);
+}
+
+void Domain::forget(SimulatedDevice& device) noexcept { std::erase(devices_, &device); }
+
+}  // namespace iovane::backends::model

@@ -1,0 +1,77 @@
+// An I/O page table with the devices that translate through it, and the invalidation that makes an unmap final.
+//
+// Roles. The owner (an IOAS or a container, under its mutex) maps, unmaps, attaches and detaches. Devices walk.
+// Invariant. When invalidate() returns, no device of this domain uses a translation of that range that was read before
+//   the owner's last edit: none is cached and no transfer through one is still moving bytes. That is what an IOMMU's
+//   invalidation with drain promises, and what makes a strict unmap final.
+// Edges. A device announces itself (`may_hold_`) and then does an RMW on `epoch_`; the owner edits the table, does an
+//   RMW on `epoch_`, and then looks at the announcements. RMWs of one object are totally ordered: if the device's came
+//   first, the owner sees its announcement and waits on its mutex; if the owner's came first, the device's walk sees
+//   the edit. (E.epoch: acq_rel on both sides.)
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "backends/model/options.hpp"
+#include "backends/model/page_table.hpp"
+
+namespace iovane::backends::model {
+
+class SimulatedDevice;
+
+class Domain {
+ public:
+  explicit Domain(const IommuOptions& iommu) noexcept;
+  ~Domain();
+  Domain(const Domain&) = delete;
+  Domain& operator=(const Domain&) = delete;
+
+  const IommuOptions& iommu() const noexcept { return iommu_; }
+  /// What devices can address.
+  IovaRange aperture() const noexcept;
+
+  /// As PageTable::map(). Owner.
+  [[nodiscard]] int map(IovaRange range, std::byte* memory, Access access, bool large_leaves) noexcept {
+    return table_.map(range, memory, access, large_leaves);
+  }
+  /// As PageTable::unmap(), final when it returns. Owner; waits for transfers of at most one os_page per device.
+  [[nodiscard]] std::int64_t unmap(IovaRange range) noexcept;
+  /// Only edits the table: what devices have cached stays usable for them until invalidate(). Owner.
+  [[nodiscard]] std::int64_t unmap_without_invalidation(IovaRange range) noexcept { return table_.unmap(range); }
+  void invalidate(IovaRange range) noexcept;
+
+  /// Device writes are recorded from now on (or no longer). Owner.
+  void set_dirty_tracking(bool on) noexcept;
+  // relaxed: a device may notice late, as hardware may; enabling clears and invalidates, which orders it.
+  bool dirty_tracking() const noexcept { return dirty_tracking_.load(std::memory_order_relaxed); }
+  /// As PageTable::read_dirty(), with the invalidation that makes devices mark again.
+  template <typename Record>
+  void read_dirty(IovaRange range, bool clear, Record&& record) noexcept {
+    table_.read_dirty(range, clear, record);
+    if (clear) invalidate(range);
+  }
+
+  /// Owner; the device then translates here until leave().
+  void join(SimulatedDevice& device);
+  void leave(SimulatedDevice& device) noexcept;
+  /// For a device that has joined another domain already: no moment in which it translates through neither.
+  void forget(SimulatedDevice& device) noexcept;
+
+  /// Device: orders its announcement before its walk.
+  void enter_walk() noexcept {
+    // E.epoch - pairs with invalidate(), see above.
+    epoch_.fetch_add(1, std::memory_order_acq_rel);
+  }
+  const PageTable& table() const noexcept { return table_; }
+
+ private:
+  const IommuOptions iommu_;
+  PageTable table_;
+  std::vector<SimulatedDevice*> devices_;
+  std::atomic<std::uint64_t> epoch_{0};
+  std::atomic<bool> dirty_tracking_{false};
+};
+
+}  // namespace iovane::backends::model

@@ -1,0 +1,145 @@
+// /dev/iommu: the iommufd interface over the software IOMMU.
+//
+// Objects live in one table of ids per open file. IOASes are found without a lock, because every map and unmap does;
+// all other objects, and every change of the table, are under the context's mutex.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "backends/model/argument.hpp"
+#include "backends/model/file.hpp"
+#include "backends/model/host.hpp"
+#include "backends/model/ioas.hpp"
+#include "backends/uapi/iommufd.hpp"
+#include "backends/uapi/vfio.hpp"
+
+namespace iovane::backends::model {
+
+class IommufdFile final : public File {
+ public:
+  explicit IommufdFile(Host& host) noexcept : host_{host} {}
+  ~IommufdFile() override;
+
+  long ioctl(unsigned long request, std::uint64_t argument) noexcept override;
+  void release() noexcept override;
+
+  // VFIO's side: device cdevs, and legacy groups whose container is this descriptor. Host::vfio_mutex is held.
+  /// Returns the device's id here, or -errno (-EPERM: another owner).
+  long bind(SimulatedDevice& device, IommuGroup& group) noexcept;
+  void unbind(std::uint32_t device_id) noexcept;
+  /// Attaches, or moves when attached already. `pt_id`: in an IOAS or HWPT, out the HWPT.
+  int attach(std::uint32_t device_id, std::uint32_t& pt_id) noexcept;
+  void detach(std::uint32_t device_id) noexcept;
+  /// The IOAS of the compatibility interface, made when there is none. Its id or -errno.
+  long compat_ioas() noexcept;
+
+  /// Totals over all IOASes, for leak checks.
+  void add_usage(SpaceUsage& usage, std::size_t& areas, std::size_t& objects) const;
+
+ private:
+  enum class Kind : std::uint8_t { ioas, hwpt, device };
+  struct Object {
+    Kind kind;
+    std::uint32_t id = 0;
+    virtual ~Object() = default;
+    explicit Object(Kind k) noexcept : kind{k} {}
+  };
+  struct Hwpt;
+  struct IoasObject final : Object {
+    static constexpr Kind kind_of = Kind::ioas;
+    IoasObject(HostMemory& memory, Accounting& accounting) noexcept : Object{Kind::ioas}, ioas{memory, accounting} {}
+    Ioas ioas;
+    std::vector<Hwpt*> hwpts;
+  };
+  struct Hwpt final : Object {
+    static constexpr Kind kind_of = Kind::hwpt;
+    Hwpt(IoasObject& o, const SimulatedDevice& like) noexcept
+        : Object{Kind::hwpt}, ioas{o}, domain{like.iommu()}, iommu{like.options().iommu} {}
+    IoasObject& ioas;
+    Domain domain;
+    bool automatic = false;       // made by attaching to an IOAS; goes with its last device
+    bool dirty_enforced = false;  // only devices that can track
+    unsigned devices = 0;
+    std::size_t iommu;  // only devices behind this unit
+  };
+  struct BoundDevice final : Object {
+    static constexpr Kind kind_of = Kind::device;
+    BoundDevice(SimulatedDevice& d, IommuGroup& g) noexcept : Object{Kind::device}, device{d}, group{g} {}
+    SimulatedDevice& device;
+    IommuGroup& group;
+    Hwpt* hwpt = nullptr;
+  };
+
+  static constexpr std::size_t ids_per_block = 1024;
+  static constexpr std::size_t id_blocks = 64;
+  struct IdBlock {
+    std::array<std::atomic<IoasObject*>, ids_per_block> ioas{};
+  };
+
+  // Data path.
+  Ioas* find_ioas(std::uint32_t id) const noexcept;
+  long map(std::uint64_t argument) noexcept;
+  long map_file(std::uint64_t argument) noexcept;
+  long copy(std::uint64_t argument) noexcept;
+  long unmap(std::uint64_t argument) noexcept;
+  // Control plane; iommufd.cpp.
+  long destroy(std::uint64_t argument) noexcept;
+  long ioas_alloc(std::uint64_t argument) noexcept;
+  long allow_iovas(std::uint64_t argument) noexcept;
+  long iova_ranges(std::uint64_t argument) noexcept;
+  long option(std::uint64_t argument) noexcept;
+  long vfio_ioas(std::uint64_t argument) noexcept;
+  // iommufd_hwpt.cpp.
+  long hwpt_alloc(std::uint64_t argument) noexcept;
+  long hw_info(std::uint64_t argument) noexcept;
+  long set_dirty_tracking(std::uint64_t argument) noexcept;
+  long get_dirty_bitmap(std::uint64_t argument) noexcept;
+  // iommufd_compat.cpp.
+  long compat(unsigned long request, std::uint64_t argument) noexcept;
+  long compat_set_iommu(std::uint64_t type) noexcept;
+  long compat_map(std::uint64_t argument) noexcept;
+  long compat_unmap(std::uint64_t argument) noexcept;
+  long compat_info(std::uint64_t argument) noexcept;
+
+  // Under mutex_.
+  template <typename T>
+  T* find(std::uint32_t id) noexcept {
+    const auto it = objects_.find(id);
+    return it == objects_.end() || it->second->kind != T::kind_of ? nullptr : static_cast<T*>(it->second.get());
+  }
+  int add(std::unique_ptr<Object> object) noexcept;  // gives it the lowest free id
+  long new_ioas() noexcept;
+  int destroy_locked(std::uint32_t id) noexcept;
+  void destroy_ioas(IoasObject& ioas) noexcept;
+  Hwpt* new_hwpt(IoasObject& ioas, const BoundDevice& device) noexcept;
+  int attach_to_ioas(BoundDevice& device, IoasObject& ioas) noexcept;
+  int change_to(BoundDevice& device, Hwpt& hwpt) noexcept;
+  void destroy_hwpt(Hwpt& hwpt) noexcept;
+  int attach_to(BoundDevice& device, Hwpt& hwpt) noexcept;
+  int replace(BoundDevice& device, Hwpt& hwpt) noexcept;
+  void detach_from(BoundDevice& device) noexcept;
+  void put_hwpt(Hwpt& hwpt) noexcept;
+  template <typename Visit>
+  void for_attached(const IommuGroup& group, Visit&& visit) noexcept;
+  Hwpt* hwpt_of(const IommuGroup& group) noexcept;
+
+  Ledger ledger() const noexcept;
+  Ledger compat_ledger() const noexcept { return host_.accounting.ipc_lock() ? Ledger::none : Ledger::process; }
+
+  Host& host_;
+  mutable std::mutex mutex_;
+  std::array<std::atomic<IdBlock*>, id_blocks> blocks_{};
+  std::map<std::uint32_t, std::unique_ptr<Object>> objects_;
+  std::vector<std::unique_ptr<Object>> spare_ioas_;  // type-stable: kept for calls that still hold an address
+  std::atomic<std::uint32_t> compat_id_{0};          // 0: none
+  std::atomic<bool> per_process_{false};             // RLIMIT_MODE
+  SpaceUsage settled_;                               // shares of IOASes that are gone
+};
+
+}  // namespace iovane::backends::model
