@@ -181,6 +181,11 @@ Result<MappingId> MappingIndex::insert(const MappingRecord& record) noexcept {
 bool MappingIndex::erase(MappingId id) noexcept {
   Entry* const entry = entries_.find(id.value);
   if (entry == nullptr) return false;
+  remove(entry);
+  return true;
+}
+
+void MappingIndex::remove(Entry* entry) noexcept {
   const IovaRange range = entry->record.range;
   unhang(range.start.value);
   (entry->prev != nullptr ? entry->prev->next : head_) = entry->next;
@@ -188,7 +193,6 @@ bool MappingIndex::erase(MappingId id) noexcept {
   entries_.release(entry);
   --size_;
   bytes_ -= range.span() + 1;
-  return true;
 }
 
 // Makes `child` what stands below `parent` (nothing: at the root) on the way to `key`, where something stands already.

@@ -85,6 +85,19 @@ class MappingIndex {
   /// False when `id` is gone. Never fails for want of memory.
   bool erase(MappingId id) noexcept;
 
+  /// The same by address instead of name, for a holder of the lane that walks and edits in one go: records stay where
+  /// they are until erased.
+  MappingRecord* first_record(IovaRange range) noexcept {
+    Entry* const entry = const_cast<Entry*>(first_entry(range));
+    return entry != nullptr ? &entry->record : nullptr;
+  }
+  static MappingRecord* next_record(MappingRecord* record) noexcept {
+    Entry* const next = entry_of(record)->next;
+    return next != nullptr ? &next->record : nullptr;
+  }
+  MappingId id_of(const MappingRecord* record) const noexcept { return id_of(entry_of(record)); }
+  void erase(MappingRecord* record) noexcept { remove(entry_of(record)); }
+
   std::size_t size() const noexcept { return size_; }
   bool empty() const noexcept { return size_ == 0; }
   std::uint32_t mappings_max() const noexcept { return entries_.entries_max(); }
@@ -119,6 +132,10 @@ class MappingIndex {
   MappingId id_of(const Entry* entry) const noexcept {
     return entry == nullptr ? MappingId{} : MappingId{entries_.handle_of(entry)};
   }
+  static_assert(std::is_standard_layout_v<Entry>, "entry_of() relies on an entry and its record sharing an address");
+  static Entry* entry_of(MappingRecord* record) noexcept { return reinterpret_cast<Entry*>(record); }
+  static const Entry* entry_of(const MappingRecord* record) noexcept { return reinterpret_cast<const Entry*>(record); }
+  void remove(Entry* entry) noexcept;
   static Entry* lowest(radix::Ref child) noexcept;
   static Entry* highest(radix::Ref child) noexcept;
   Place locate(std::uint64_t key) const noexcept;

@@ -28,14 +28,14 @@ struct AddressSpaceFacts {
   std::uint64_t page_sizes = 0;   ///< bit n: hardware entries of 2^n bytes; 0 before the first attach
   std::uint64_t entries_max = 0;  ///< live mappings that the kernel accepts; 0: no such limit
   bool replace_is_atomic = false;
-  bool unmap_may_cut = false;     ///< the backend could cut mappings; the engine still refuses to by default
-  bool register_pins = false;     ///< registered memory is pinned once, and maps of it pin nothing more
+  bool unmap_may_cut = false;  ///< the backend could cut mappings; the engine still refuses to by default
+  bool register_pins = false;  ///< registered memory is pinned once, and maps of it pin nothing more
 };
 
 /// A live mapping as the engine's index knows it.
 struct MappingInfo {
   IovaRange range{};
-  MemoryPiece memory{};      ///< of a scatter list: the first piece
+  MemoryPiece memory{};  ///< of a scatter list: the first piece
   Access access = Access::none;
   MappingId mapping{};
   bool quarantined = false;  ///< its unmap failed; the range is out of use for good
@@ -43,10 +43,10 @@ struct MappingInfo {
 
 /// An attached device.
 struct DeviceInfo {
-  std::uint32_t id = 0;            ///< for detach(); never reused within the address space
+  std::uint32_t id = 0;  ///< for detach(); never reused within the address space
   std::string name;
-  int device_fd = -1;              ///< VFIO device descriptor; owned by the address space, valid until detach
-  std::vector<IovaRange> reserved; ///< what it takes out of the address space
+  int device_fd = -1;               ///< VFIO device descriptor; owned by the address space, valid until detach
+  std::vector<IovaRange> reserved;  ///< what it takes out of the address space
 };
 
 class AddressSpace;
@@ -101,7 +101,7 @@ class Mapping {
 
 /// Memory to register: a range of this process, or of a file. Borrowed until unregistered.
 struct MemoryConfig {
-  void* address = nullptr;     ///< null when `fd` alone describes it (needs a backend with file memory)
+  void* address = nullptr;  ///< null when `fd` alone describes it (needs a backend with file memory)
   Bytes length{};
   int fd = -1;
   std::uint64_t fd_offset = 0;

@@ -34,12 +34,12 @@ enum class LayoutPolicy : std::uint8_t {
 };
 
 struct AddressSpaceConfig {
-  std::string name;           ///< for reports; empty: "space N"
+  std::string name;  ///< for reports; empty: "space N"
   LayoutPolicy layout = LayoutPolicy::engine_managed;
-  std::vector<IovaRange> promised;  ///< LayoutPolicy::fixed: what must stay usable; sorted, disjoint
+  std::vector<IovaRange> promised;        ///< LayoutPolicy::fixed: what must stay usable; sorted, disjoint
   std::uint32_t mappings_max = 1U << 20;  ///< live mappings; one more is limit_reached
   std::uint32_t memories_max = 1U << 16;  ///< registered memories
-  bool large_iopte = true;    ///< false: granule-sized IOPTEs only (a measurement knob of iommufd)
+  bool large_iopte = true;                ///< false: granule-sized IOPTEs only (a measurement knob of iommufd)
   bool dirty_tracking = false;
 };
 

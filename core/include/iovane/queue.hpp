@@ -22,7 +22,7 @@ class QueueCore;
 /// that thread takes this batch along and submit() returns at once. Either way completions arrive by poll() or wait().
 class Queue {
  public:
-  Queue() noexcept = default;
+  Queue() noexcept;
   Queue(Queue&&) noexcept;
   Queue& operator=(Queue&&) noexcept;
   /// Submits what is staged, waits until everything submitted is final, and drops unread completions.

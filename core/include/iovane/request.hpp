@@ -14,9 +14,9 @@ namespace iovane {
 /// Memory of this process, or a piece of registered memory. Names memory, owns nothing: the memory must stay valid
 /// until the *unmap* of every mapping of it has completed.
 struct MemoryPiece {
-  MemoryId memory{};          ///< none: `offset` is an address of this process; else an offset into that memory
-  std::uint64_t offset = 0;   ///< bytes; multiple of the granule
-  Bytes length{};             ///< multiple of the granule
+  MemoryId memory{};         ///< none: `offset` is an address of this process; else an offset into that memory
+  std::uint64_t offset = 0;  ///< bytes; multiple of the granule
+  Bytes length{};            ///< multiple of the granule
 
   static MemoryPiece at(void* address, Bytes length) noexcept {
     return {{}, reinterpret_cast<std::uintptr_t>(address), length};
@@ -62,7 +62,7 @@ struct MapRequest {
 /// Removes mappings: one by its id, or every one inside a range (holes are fine, cutting one is not: would_bisect).
 /// A range without any mapping is not_found, except everything(), which may be empty.
 struct UnmapRequest {
-  MappingId mapping{};          ///< wins over `range` when set
+  MappingId mapping{};  ///< wins over `range` when set
   IovaRange range{};
   std::uint64_t user_data = 0;
   Order order = Order::free;
@@ -80,7 +80,7 @@ struct UnmapRequest {
 /// mapping stands again, or, if that failed too, the range is unmapped and the detail says so.
 struct ReplaceRequest {
   IovaRange range{};
-  MemoryPiece memory{};         ///< of the range's length
+  MemoryPiece memory{};  ///< of the range's length
   Access access = Access::read_write;
   std::uint64_t user_data = 0;
   Order order = Order::free;
@@ -90,10 +90,10 @@ struct ReplaceRequest {
 /// reach the memory any more.
 struct Completion {
   std::uint64_t user_data = 0;
-  Error error{};         ///< Errc::ok, or what failed and where
-  Iova iova{};           ///< map, replace: first address; unmap: start of the range asked for
-  Bytes bytes{};         ///< map, replace: the length; unmap: bytes removed
-  MappingId mapping{};   ///< map, replace: the mapping's name
+  Error error{};        ///< Errc::ok, or what failed and where
+  Iova iova{};          ///< map, replace: first address; unmap: start of the range asked for
+  Bytes bytes{};        ///< map, replace: the length; unmap: bytes removed
+  MappingId mapping{};  ///< map, replace: the mapping's name
 
   constexpr bool ok() const noexcept { return error.ok(); }
 };

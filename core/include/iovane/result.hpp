@@ -19,29 +19,29 @@ namespace iovane {
 /// What went wrong, in iovane's words. to_errno() gives the errno that the C ABI returns for it.
 enum class Errc : std::uint8_t {
   ok = 0,
-  invalid_argument,   ///< EINVAL: malformed request: zero length, misaligned, no access right, unknown value
-  overflow,           ///< EOVERFLOW: an address or a sum does not fit
-  iova_busy,          ///< EEXIST: the range overlaps a live mapping or a reservation
-  iova_reserved,      ///< EINVAL: the range touches an IOVA that the host keeps for itself or cannot translate
-  iova_exhausted,     ///< ENOSPC: no free range of that size and alignment
-  would_bisect,       ///< EINVAL: the unmap would cut a mapping in two; nothing was unmapped
-  not_found,          ///< ENOENT: no such mapping, region, device or file
-  stale_handle,       ///< ESTALE: the handle's object is gone
-  memlock_exceeded,   ///< ENOMEM: pinning it would pass RLIMIT_MEMLOCK; the detail has limit, use and need
-  out_of_memory,      ///< ENOMEM: no memory for metadata or in the kernel
-  entry_limit,        ///< ENOSPC: the backend accepts no further mappings
-  bad_memory,         ///< EFAULT: the memory is not mapped in this process, or its kind cannot be pinned
-  permission,         ///< EPERM: the process may not do this
-  busy,               ///< EBUSY: in use
-  unsupported,        ///< EOPNOTSUPP: this host, kernel or backend has no such feature
-  no_device,          ///< ENODEV: no such device, or it cannot be used
-  io_error,           ///< EIO: the kernel failed in a way that has no better name; os_errno has its number
-  quarantined,        ///< EIO: an unmap failed earlier; the range is never used again
-  cancelled,          ///< ECANCELED: an operation that this one was linked to failed
-  timed_out,          ///< ETIME: the wait ran out
-  closed,             ///< ESHUTDOWN: the object is being taken down
-  bad_format,         ///< EBADMSG: a file or a message is damaged or not what it says it is
-  limit_reached,      ///< E2BIG: a configured bound of iovane itself
+  invalid_argument,  ///< EINVAL: malformed request: zero length, misaligned, no access right, unknown value
+  overflow,          ///< EOVERFLOW: an address or a sum does not fit
+  iova_busy,         ///< EEXIST: the range overlaps a live mapping or a reservation
+  iova_reserved,     ///< EINVAL: the range touches an IOVA that the host keeps for itself or cannot translate
+  iova_exhausted,    ///< ENOSPC: no free range of that size and alignment
+  would_bisect,      ///< EINVAL: the unmap would cut a mapping in two; nothing was unmapped
+  not_found,         ///< ENOENT: no such mapping, region, device or file
+  stale_handle,      ///< ESTALE: the handle's object is gone
+  memlock_exceeded,  ///< ENOMEM: pinning it would pass RLIMIT_MEMLOCK; the detail has limit, use and need
+  out_of_memory,     ///< ENOMEM: no memory for metadata or in the kernel
+  entry_limit,       ///< ENOSPC: the backend accepts no further mappings
+  bad_memory,        ///< EFAULT: the memory is not mapped in this process, or its kind cannot be pinned
+  permission,        ///< EPERM: the process may not do this
+  busy,              ///< EBUSY: in use
+  unsupported,       ///< EOPNOTSUPP: this host, kernel or backend has no such feature
+  no_device,         ///< ENODEV: no such device, or it cannot be used
+  io_error,          ///< EIO: the kernel failed in a way that has no better name; os_errno has its number
+  quarantined,       ///< EIO: an unmap failed earlier; the range is never used again
+  cancelled,         ///< ECANCELED: an operation that this one was linked to failed
+  timed_out,         ///< ETIME: the wait ran out
+  closed,            ///< ESHUTDOWN: the object is being taken down
+  bad_format,        ///< EBADMSG: a file or a message is damaged or not what it says it is
+  limit_reached,     ///< E2BIG: a configured bound of iovane itself
 };
 
 /// Where in the life of an operation it failed: the order of life is reserve, pin, map, publish, complete.
@@ -118,7 +118,9 @@ class [[nodiscard]] Result {
   constexpr Error error() const noexcept { return has_value() ? Error{} : *std::get_if<1>(&state_); }
 
   template <typename U>
-  constexpr T value_or(U&& other) const& { return has_value() ? **this : static_cast<T>(std::forward<U>(other)); }
+  constexpr T value_or(U&& other) const& {
+    return has_value() ? **this : static_cast<T>(std::forward<U>(other));
+  }
   template <typename U>
   constexpr T value_or(U&& other) && {
     return has_value() ? *std::move(*this) : static_cast<T>(std::forward<U>(other));

@@ -1,0 +1,92 @@
+#include "engine/engine_core.hpp"
+
+#include <string_view>
+#include <utility>
+
+#include "backends/model/model_kernel.hpp"
+#include "backends/open.hpp"
+#include "backends/probe.hpp"
+#include "backends/system_kernel.hpp"
+#include "base/error_text.hpp"
+
+namespace iovane {
+
+namespace {
+
+using engine::EngineCore;
+
+constexpr std::string_view model_name = "model";
+
+// "model" alone imitates iommufd.
+Result<std::shared_ptr<EngineCore>> open_model(std::string_view name, std::string reason) {
+  auto kernel = backends::model::ModelKernel::create();
+  if (!kernel) return kernel.error();
+  backends::BackendChoice choice;
+  choice.name = name.size() > model_name.size() ? std::string{name.substr(model_name.size() + 1)} : "iommufd";
+  auto backend = backends::open_backend(**kernel, choice);
+  if (!backend) return backend.error();
+  return std::make_shared<EngineCore>(*std::move(kernel), *std::move(backend), std::string{name}, std::move(reason));
+}
+
+Result<std::shared_ptr<EngineCore>> open_system(backends::BackendChoice choice, std::string reason) {
+  auto kernel = std::make_unique<backends::SystemKernel>();
+  auto backend = backends::open_backend(*kernel, choice);
+  if (!backend) return backend.error();
+  std::string name{backends::to_string((*backend)->interface())};
+  return std::make_shared<EngineCore>(std::move(kernel), *std::move(backend), std::move(name), std::move(reason));
+}
+
+Result<std::shared_ptr<EngineCore>> open_auto() {
+  backends::SystemKernel kernel;
+  backends::ProbeOptions options;
+  options.attach_devices = false;
+  const auto report = backends::probe_host(kernel, options);
+  if (!report) return report.error();
+  if (!report->choice) return open_model(model_name, report->why);
+  backends::BackendChoice choice;
+  choice.name = backends::to_string(*report->choice);
+  return open_system(std::move(choice), report->why);
+}
+
+Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
+  const bool wants_iommu = config.iommu_fd >= 0;
+  const bool wants_container = config.container_fd >= 0;
+  if (wants_iommu && wants_container)
+    return make_error(Errc::invalid_argument, Stage::open,
+                      "both an iommufd and a container descriptor were given; an engine uses one backend, open two");
+  const std::string_view name = config.backend;
+  if (name == model_name || name.starts_with("model:")) {
+    if (wants_iommu || wants_container)
+      return make_error(Errc::invalid_argument, Stage::open,
+                        "a descriptor was given, but the software IOMMU uses none; name the kernel's interface");
+    return open_model(name, "it was asked for by name");
+  }
+  if (name == "auto" && !wants_iommu && !wants_container) return open_auto();
+
+  backends::BackendChoice choice;
+  choice.name = name == "auto" ? (wants_iommu ? "iommufd" : "type1") : config.backend;
+  const bool on_iommu = choice.name == "iommufd" || choice.name.starts_with("compat");
+  if ((wants_iommu && !on_iommu) || (wants_container && on_iommu))
+    return base::fail(Errc::invalid_argument, Stage::open, 0,
+                      "the descriptor that was given does not belong to backend \"{}\": iommufd and compat use "
+                      "iommu_fd, type1 uses container_fd",
+                      choice.name);
+  choice.descriptor.fd = wants_iommu ? config.iommu_fd : config.container_fd;
+  choice.descriptor.duplicate = config.descriptors == DescriptorUse::duplicate;
+  return open_system(std::move(choice),
+                     name == "auto" ? "a descriptor of it was handed in" : "it was asked for by name");
+}
+
+}  // namespace
+
+Result<Engine> Engine::open(const EngineConfig& config) {
+  auto core = open_core(config);
+  if (!core) return core.error();
+  return Engine{*std::move(core)};
+}
+
+Engine EngineAccess::open(std::unique_ptr<backends::Backend> backend, std::string name) {
+  return Engine{std::make_shared<EngineCore>(nullptr, std::move(backend), std::move(name), "it was handed in")};
+}
+
+}  // namespace iovane

@@ -1,0 +1,46 @@
+// EngineCore: the open backend and the kernel under it.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "backends/backend.hpp"
+#include "backends/kernel.hpp"
+#include "iovane/config.hpp"
+#include "iovane/engine.hpp"
+#include "iovane/result.hpp"
+
+namespace iovane {
+
+/// For tools, benchmarks and tests: an engine over a backend of their choice, for instance one on a decorated kernel or
+/// on a software IOMMU whose devices they want to drive. Not installed.
+class EngineAccess {
+ public:
+  /// What the backend stands on must outlive every address space. `name` is what Engine::backend() says.
+  static Engine open(std::unique_ptr<backends::Backend> backend, std::string name);
+};
+
+namespace engine {
+
+class EngineCore {
+ public:
+  EngineCore(std::unique_ptr<backends::Kernel> owned_kernel, std::unique_ptr<backends::Backend> backend,
+             std::string name, std::string reason) noexcept
+      : kernel_{std::move(owned_kernel)},
+        backend_{std::move(backend)},
+        name_{std::move(name)},
+        reason_{std::move(reason)} {}
+
+  backends::Backend& backend() noexcept { return *backend_; }
+  const std::string& backend_name() const noexcept { return name_; }
+  const std::string& reason() const noexcept { return reason_; }
+
+ private:
+  std::unique_ptr<backends::Kernel> kernel_;  // null when the caller's; closed after the backend
+  std::unique_ptr<backends::Backend> backend_;
+  std::string name_;
+  std::string reason_;
+};
+
+}  // namespace engine
+}  // namespace iovane

@@ -1,0 +1,148 @@
+// Lane: who works on an address space right now.
+//
+// Purpose: one thread at a time executes batches of an address space, without a lock that could make a submitter wait.
+//   Whoever finds the lane idle takes it and works; whoever finds it taken leaves its work with the holder and goes on
+//   (flat combining, Hendler et al., SPAA 2010; here with a list of nodes instead of a publication array).
+// Roles: any thread may enter(); the holder alone runs nodes and touches `carried_`.
+// Progress: enter() with a work node is lock-free: a CAS loop in which each retry means that another thread's CAS took
+//   effect. Work left behind is run by the holder; a holder that stops running delays it, as in any combining scheme.
+// State word: 0 = free; 1 = held, nothing waiting; otherwise held, and the address of the newest waiting node.
+// Invariants:
+//   I1 a node is in at most one list, from its publication until the holder unlinks it, before it runs the node;
+//   I2 the holder never leaves (held -> free) with a node waiting: leaving is a CAS from exactly 1;
+//   I3 nodes are run in the order of their publication (each taken list is reversed first).
+// Linearization points: publication: the CAS in enter(). Taking: the CAS 0 -> 1, or the grant of a hand-over node.
+// Edges: A.take pairs with R.leave (the next holder sees all the last one did) and A.collect with R.publish (the holder
+//   sees the node's work). A hand-over is ordered by base::OneShot.
+// ABA: a node address can come back between two loads of the word, but a publisher's CAS only needs the word to be the
+//   current top, which it then is; the links are written before the CAS by their owner alone.
+// Reclamation: none. A node belongs to its owner again once it was run (work) or granted (hand-over).
+// Proven by: tests/unit/lane_test.cpp, tests/stress/engine_stress_test.cpp (TSan).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "base/cacheline.hpp"
+#include "base/futex.hpp"
+
+namespace iovane::engine {
+
+/// Something that waits for the lane: work that the holder runs for its owner, or a wish to hold the lane oneself.
+class LaneNode {
+ public:
+  enum class Kind : std::uint8_t { work, hand_over };
+  explicit LaneNode(Kind kind) noexcept : kind_{kind} {}
+  virtual ~LaneNode() = default;
+  LaneNode(const LaneNode&) = delete;
+  LaneNode& operator=(const LaneNode&) = delete;
+
+ protected:
+  /// Kind::work: does the work; called by the lane's holder, on the holder's thread.
+  virtual void run() noexcept {}
+
+ private:
+  friend class Lane;
+  LaneNode* next_ = nullptr;
+  Kind kind_;
+};
+
+class alignas(base::cacheline_bytes) Lane {
+ public:
+  /// Publishes `node` (Kind::work) or, when the lane was free, runs it and all that arrives meanwhile. True when this
+  /// thread ran it.
+  bool enter(LaneNode& node) noexcept {
+    if (!take_or_publish(node)) return false;
+    node.run();
+    leave();
+    return true;
+  }
+
+  /// Holds the lane for the calling thread, waiting for it if need be. Pair with leave().
+  void hold() noexcept {
+    Waiter waiter;
+    if (take_or_publish(waiter)) return;
+    waiter.wait();
+  }
+
+  /// Gives the lane up after running everything that waits, or hands it to a waiting hold().
+  void leave() noexcept {
+    for (;;) {
+      while (carried_ != nullptr) {
+        LaneNode* const node = carried_;
+        carried_ = node->next_;
+        if (node->kind_ == LaneNode::Kind::hand_over) {
+          static_cast<Waiter*>(node)->grant();  // the lane stays held; it and carried_ are the waiter's now
+          return;
+        }
+        node->run();
+      }
+      std::uintptr_t held = held_word;
+      // R.leave - release, pairs with A.take. relaxed on failure: A.collect below orders what it brings.
+      if (word_.compare_exchange_strong(held, free_word, std::memory_order_release, std::memory_order_relaxed)) return;
+      // A.collect - acquire, pairs with R.publish.
+      carried_ = reversed(word_.exchange(held_word, std::memory_order_acquire));
+    }
+  }
+
+ private:
+  static constexpr std::uintptr_t free_word = 0;
+  static constexpr std::uintptr_t held_word = 1;
+
+  class Waiter final : public LaneNode {
+   public:
+    Waiter() noexcept : LaneNode{Kind::hand_over} {}
+    void wait() noexcept { granted_.wait(); }
+    void grant() noexcept { granted_.fire(); }
+
+   private:
+    base::OneShot granted_;
+  };
+
+  /// True when the lane was free and is now the caller's; otherwise the node waits in it.
+  bool take_or_publish(LaneNode& node) noexcept {
+    // relaxed: only a guess for the CAS.
+    std::uintptr_t seen = word_.load(std::memory_order_relaxed);
+    for (;;) {
+      if (seen == free_word) {
+        // A.take - acquire, pairs with R.leave.
+        if (word_.compare_exchange_weak(seen, held_word, std::memory_order_acquire, std::memory_order_relaxed))
+          return true;
+      } else {
+        node.next_ = seen == held_word ? nullptr : reinterpret_cast<LaneNode*>(seen);
+        // R.publish - release, pairs with A.collect: the holder sees the node and what it stands for.
+        if (word_.compare_exchange_weak(seen, reinterpret_cast<std::uintptr_t>(&node), std::memory_order_release,
+                                        std::memory_order_relaxed))
+          return false;
+      }
+    }
+  }
+
+  static LaneNode* reversed(std::uintptr_t word) noexcept {
+    LaneNode* oldest = nullptr;
+    for (auto* node = reinterpret_cast<LaneNode*>(word); node != nullptr;) {
+      LaneNode* const next = node->next_;
+      node->next_ = oldest;
+      oldest = node;
+      node = next;
+    }
+    return oldest;
+  }
+
+  std::atomic<std::uintptr_t> word_{free_word};
+  LaneNode* carried_ = nullptr;  // the holder's: nodes taken from the word and not run yet, oldest first
+};
+
+/// Holds a lane for a scope.
+class LaneHold {
+ public:
+  explicit LaneHold(Lane& lane) noexcept : lane_{lane} { lane_.hold(); }
+  ~LaneHold() { lane_.leave(); }
+  LaneHold(const LaneHold&) = delete;
+  LaneHold& operator=(const LaneHold&) = delete;
+
+ private:
+  Lane& lane_;
+};
+
+}  // namespace iovane::engine

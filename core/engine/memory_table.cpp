@@ -1,0 +1,49 @@
+#include "engine/memory_table.hpp"
+
+#include <new>
+
+#include "base/error_text.hpp"
+#include "base/fault_point.hpp"
+
+namespace iovane::engine {
+
+Result<MemoryId> MemoryTable::add(backends::RegionId region, Bytes length) noexcept {
+  std::uint32_t index = 0;
+  if (!free_.empty()) {
+    index = free_.back();
+    free_.pop_back();
+  } else {
+    if (entries_.size() >= entries_max_)
+      return base::fail(Errc::limit_reached, Stage::pin, 0,
+                        "this address space has {} registered memories, its limit; unregister some or raise "
+                        "AddressSpaceConfig::memories_max",
+                        entries_max_);
+    try {
+      if (base::fault_now(base::FaultKind::allocation)) throw std::bad_alloc{};
+      free_.reserve(entries_.size() == entries_.capacity() ? 2 * entries_.size() + 1 : entries_.size() + 1);
+      entries_.emplace_back();  // after the reserve, so that forget() can never fail
+    } catch (const std::bad_alloc&) {
+      return make_error(Errc::out_of_memory, Stage::pin, "no memory for the table of registered memories");
+    }
+    index = static_cast<std::uint32_t>(entries_.size() - 1);
+  }
+  Entry& entry = entries_[index];
+  entry = Entry{region, length, entry.generation + 1, 0, true, true};
+  return id_of(index);
+}
+
+Result<std::uint32_t> MemoryTable::find(MemoryId memory) const noexcept {
+  const auto slot = static_cast<std::uint32_t>(memory.value);
+  if (slot == 0 || slot > entries_.size() || !entries_[slot - 1].used ||
+      entries_[slot - 1].generation != static_cast<std::uint32_t>(memory.value >> 32))
+    return make_error(Errc::stale_handle, Stage::validate,
+                      "the registered memory it names is gone, or belongs to another address space");
+  return slot - 1;
+}
+
+void MemoryTable::forget(std::uint32_t index) noexcept {
+  entries_[index].used = false;
+  free_.push_back(index);  // within the reserve of add()
+}
+
+}  // namespace iovane::engine

@@ -1,0 +1,48 @@
+// MemoryTable: memory registered with one address space, and how many live mappings lean on each.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backends/backend.hpp"
+#include "iovane/mapping_id.hpp"
+#include "iovane/result.hpp"
+#include "iovane/types.hpp"
+
+namespace iovane::engine {
+
+/// Used by the lane's holder only. A memory whose owner let it go stays registered until its last mapping is gone.
+class MemoryTable {
+ public:
+  struct Entry {
+    backends::RegionId region{};
+    Bytes length{};
+    std::uint32_t generation = 0;
+    std::uint32_t mappings = 0;  ///< live or being unmapped
+    bool owned = false;          ///< the Memory object lives
+    bool used = false;
+  };
+
+  /// Reserves room for every entry up to the bound lazily; throws nothing.
+  explicit MemoryTable(std::uint32_t entries_max) noexcept : entries_max_{entries_max} {}
+
+  /// Remembers a registered region. limit_reached or out_of_memory leave nothing behind.
+  Result<MemoryId> add(backends::RegionId region, Bytes length) noexcept;
+  /// The entry's index, or stale_handle.
+  Result<std::uint32_t> find(MemoryId memory) const noexcept;
+  Entry& at(std::uint32_t index) noexcept { return entries_[index]; }
+  const Entry& at(std::uint32_t index) const noexcept { return entries_[index]; }
+  MemoryId id_of(std::uint32_t index) const noexcept {
+    return {std::uint64_t{entries_[index].generation} << 32 | (index + 1)};
+  }
+  void forget(std::uint32_t index) noexcept;
+  /// Entries ever used; at() is valid below.
+  std::uint32_t size() const noexcept { return static_cast<std::uint32_t>(entries_.size()); }
+
+ private:
+  std::uint32_t entries_max_;
+  std::vector<Entry> entries_;
+  std::vector<std::uint32_t> free_;
+};
+
+}  // namespace iovane::engine

@@ -1,0 +1,105 @@
+// QueueCore: the rings behind Queue.
+//
+// Purpose: carry operations from one owner thread to whoever holds the address space's lane, and completions back.
+// Roles: the owner stages, publishes, and takes completions; the lane's holder (one at a time, ordered by the lane)
+//   reads operations and publishes completions.
+// Progress: every call is wait-free but wait(), which sleeps.
+// State: two rings of one capacity. An operation occupies a place from stage() until its completion was taken, so the
+//   owner alone knows what is free: staged_ - taken_, both its own, and neither ring can overflow.
+// Invariants: I1 executed_ <= published_ <= staged_; I2 taken_ <= completed_ == executed_ at every release of the lane.
+//   Indices are 64-bit counts that never wrap in practice (2^64 operations).
+// Linearization: R.publish makes a batch part of the queue; R.complete makes a completion takeable.
+// Edges: R.publish/A.publish (operations), R.complete/A.complete (completions), and `queued_`, see mark_queued().
+// Proven by: tests/unit/queue_test.cpp, tests/stress/engine_stress_test.cpp (TSan).
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/cacheline.hpp"
+#include "base/unique_fd.hpp"
+#include "engine/lane.hpp"
+#include "engine/operation.hpp"
+#include "iovane/request.hpp"
+
+namespace iovane::engine {
+
+class SpaceCore;
+
+class QueueCore final : public LaneNode {
+ public:
+  /// `depth` is a power of two. Throws std::bad_alloc (open_queue() turns it into an error).
+  QueueCore(std::shared_ptr<SpaceCore> space, std::uint32_t depth);
+  ~QueueCore();
+
+  // --- The owner's side.
+  bool stage(const Operation& operation) noexcept {
+    if (staged_ - taken_ == depth_) return false;
+    operations_[staged_++ & mask_] = operation;
+    return true;
+  }
+  void submit() noexcept;
+  std::size_t poll(std::span<Completion> out) noexcept;
+  std::size_t wait(std::span<Completion> out, std::size_t count_min, std::chrono::nanoseconds timeout) noexcept;
+  int event_fd() noexcept;
+  std::size_t space_left() const noexcept { return depth_ - (staged_ - taken_); }
+  std::size_t outstanding() const noexcept { return staged_ - taken_; }
+
+  // --- The lane holder's side.
+  void run() noexcept override;
+  /// Forgets that the node was queued, then says how far the owner has published. In this order: an owner that
+  /// publishes later queues the node again.
+  std::uint64_t take_published() noexcept {
+    // acquire-release: pairs with mark_queued(); the owner's publication before its exchange is visible below.
+    queued_.exchange(false, std::memory_order_acq_rel);
+    // A.publish - acquire, pairs with R.publish in submit().
+    return published_.load(std::memory_order_acquire);
+  }
+  std::uint64_t executed() const noexcept { return executed_; }
+  const Operation& operation(std::uint64_t index) const noexcept { return operations_[index & mask_]; }
+  /// Stages the completion of the next operation; deliver() shows them to the owner.
+  void complete(const Completion& completion) noexcept { completions_[executed_++ & mask_] = completion; }
+  void deliver() noexcept;
+  /// True when an operation that was linked to the next one failed; lives as long as the queue, so a chain may span
+  /// batches.
+  bool link_broken = false;
+
+ private:
+  /// True when the node has to be published in the lane; false when it waits there already.
+  bool mark_queued() noexcept {
+    // acquire-release: a holder that cleared the flag before us has read `published_` before us too, so we queue again;
+    // one that clears it after us sees our publication.
+    return !queued_.exchange(true, std::memory_order_acq_rel);
+  }
+
+  const std::shared_ptr<SpaceCore> space_;
+  const std::uint64_t depth_;
+  const std::uint64_t mask_;
+  std::vector<Operation> operations_;
+  std::vector<Completion> completions_;
+
+  // The owner's own.
+  std::uint64_t staged_ = 0;
+  std::uint64_t taken_ = 0;
+  std::uint64_t completed_seen_ = 0;
+  base::UniqueFd event_fd_;
+
+  alignas(base::cacheline_bytes) std::atomic<std::uint64_t> published_{0};
+  std::atomic<bool> queued_{false};
+
+  // The holder's.
+  alignas(base::cacheline_bytes) std::atomic<std::uint64_t> completed_{0};
+  std::atomic<std::uint32_t> wakeups_{0};  // futex word: changes with every delivery that somebody waits for
+  std::uint64_t executed_ = 0;
+
+  // Written by the owner before it sleeps, read by the holder after it published.
+  alignas(base::cacheline_bytes) std::atomic<bool> sleeping_{false};
+  std::atomic<int> event_target_{-1};
+};
+
+}  // namespace iovane::engine

@@ -1,0 +1,91 @@
+#include "engine/request_check.hpp"
+
+#include <algorithm>
+
+#include "base/checked_math.hpp"
+#include "base/error_text.hpp"
+
+namespace iovane::engine {
+
+using base::fail;
+
+Result<ResolvedPiece> resolve_piece(const SpaceState& space, const MemoryPiece& piece) noexcept {
+  const std::uint64_t granule = space.granule.value;
+  if (!base::is_aligned(piece.offset, granule))
+    return fail(Errc::invalid_argument, Stage::validate, 0, "memory at {:#x} is not aligned to the granule of {} bytes",
+                piece.offset, granule);
+  const auto last = base::checked_add(piece.offset, piece.length.value - 1);
+  if (!last)
+    return fail(Errc::overflow, Stage::validate, 0, "memory at {:#x} with {} bytes passes 2^64-1", piece.offset,
+                piece.length.value);
+  if (!piece.memory) {
+    if (piece.offset == 0) return make_error(Errc::bad_memory, Stage::validate, "the memory's address is null");
+    return ResolvedPiece{{}, piece.offset, 0};
+  }
+  const auto index = space.memories.find(piece.memory);
+  if (!index) return index.error();
+  const MemoryTable::Entry& entry = space.memories.at(*index);
+  if (*last >= entry.length.value)
+    return fail(Errc::invalid_argument, Stage::validate, 0,
+                "offset {:#x} with {} bytes lies beyond the registered memory, which has {} bytes", piece.offset,
+                piece.length.value, entry.length.value);
+  return ResolvedPiece{entry.region, piece.offset, *index + 1};
+}
+
+Result<Bytes> total_length(const SpaceState& space, std::span<const MemoryPiece> pieces) noexcept {
+  const std::uint64_t granule = space.granule.value;
+  std::uint64_t total = 0;
+  for (const MemoryPiece& piece : pieces) {
+    if (piece.length.value == 0)
+      return make_error(Errc::invalid_argument, Stage::validate, "the length is zero; map at least one granule");
+    if (!base::is_aligned(piece.length.value, granule))
+      return fail(Errc::invalid_argument, Stage::validate, 0, "length {} is not a multiple of the granule of {} bytes",
+                  piece.length.value, granule);
+    const auto sum = base::checked_add(total, piece.length.value);
+    if (!sum)
+      return make_error(Errc::overflow, Stage::validate, "the lengths of the pieces add up to more than 2^64-1");
+    total = *sum;
+  }
+  return Bytes{total};
+}
+
+Error check_range(const SpaceState& space, IovaRange range) noexcept {
+  const std::uint64_t granule = space.granule.value;
+  if (!range.well_formed())
+    return fail(Errc::invalid_argument, Stage::validate, 0,
+                "the range [{:#x}, {:#x}] ends before it starts; `last` is its last address, not the next one",
+                range.start.value, range.last.value);
+  if (!base::is_aligned(range.start.value, granule) || !base::is_aligned(range.last.value + 1, granule))
+    return fail(Errc::invalid_argument, Stage::validate, 0,
+                "the range [{:#x}, {:#x}] is not made of whole granules of {} bytes; `last` is its last address, as in "
+                "{:#x}",
+                range.start.value, range.last.value, granule, range.last.value | (granule - 1));
+  return {};
+}
+
+Error check_usable(const SpaceState& space, IovaRange range) noexcept {
+  const auto& usable = space.usable;
+  // The first window that does not stop before the range.
+  auto window = std::lower_bound(usable.begin(), usable.end(), range.start,
+                                 [](const IovaRange& w, Iova start) { return w.last < start; });
+  if (window != usable.end() && window->contains(range)) [[likely]]
+    return {};
+  if (usable.empty())
+    return make_error(Errc::iova_reserved, Stage::reserve,
+                      "no IOVA is usable yet: attach a device to this address space first");
+  // The hole that is in the way: what the windows leave around the first uncovered address.
+  Iova bad = range.start;
+  if (window != usable.end() && window->contains(range.start)) {
+    bad = Iova{window->last.value + 1};
+    ++window;
+  }
+  const Iova hole_start = window == usable.begin() ? Iova{0} : Iova{std::prev(window)->last.value + 1};
+  const Iova hole_last = window == usable.end() ? iova_max : Iova{window->start.value - 1};
+  return fail(
+      Errc::iova_reserved, Stage::reserve, 0,
+      "[{:#x}, {:#x}] is not usable at {:#x}: the host keeps [{:#x}, {:#x}] (reserved, or beyond what the IOMMU "
+      "translates)",
+      range.start.value, range.last.value, bad.value, hole_start.value, hole_last.value);
+}
+
+}  // namespace iovane::engine

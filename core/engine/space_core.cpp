@@ -1,0 +1,244 @@
+#include "engine/space_core.hpp"
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "base/error_text.hpp"
+#include "engine/engine_core.hpp"
+
+namespace iovane::engine {
+
+using base::fail;
+
+namespace {
+
+/// One operation of a caller that waits for it. Lives on that caller's stack.
+class SyncCall final : public LaneNode {
+ public:
+  SyncCall(BatchExecutor& executor, const Operation& operation) noexcept
+      : LaneNode{Kind::work}, executor_{executor}, operation_{operation} {}
+
+  Completion wait() noexcept {
+    done_.wait();
+    return completion_;
+  }
+
+ private:
+  void run() noexcept override {
+    completion_ = executor_.run_one(operation_);
+    done_.fire();  // the caller's frame, and with it this object, may be gone now
+  }
+
+  BatchExecutor& executor_;
+  const Operation& operation_;
+  Completion completion_;
+  base::OneShot done_;
+};
+
+}  // namespace
+
+Result<std::shared_ptr<SpaceCore>> SpaceCore::create(std::shared_ptr<EngineCore> engine,
+                                                     const AddressSpaceConfig& config) {
+  backends::SpaceOptions options;
+  options.large_iopte = config.large_iopte;
+  options.dirty_tracking = config.dirty_tracking;
+  auto backend = engine->backend().create_space(options);
+  if (!backend) return backend.error();
+  auto index = MappingIndex::create(config.mappings_max);
+  if (!index) return index.error();
+  try {
+    std::shared_ptr<SpaceCore> core{new SpaceCore{std::move(engine), config, *std::move(backend), *std::move(index)}};
+    if (const auto ready = core->refresh_usable(); !ready) return ready.error();
+    if (config.layout == LayoutPolicy::fixed && !config.promised.empty() &&
+        has(core->state_.backend->facts().capabilities, backends::Capability::promise_ranges)) {
+      if (const auto promised = core->state_.backend->promise(config.promised); !promised) return promised.error();
+    }
+    return core;
+  } catch (const std::bad_alloc&) {
+    return make_error(Errc::out_of_memory, Stage::open, "no memory for an address space");
+  }
+}
+
+SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, const AddressSpaceConfig& config,
+                     std::unique_ptr<backends::BackendSpace> backend, MappingIndex index)
+    : engine_{std::move(engine)},
+      config_{config},
+      state_{std::move(backend), std::move(index), MemoryTable{config.memories_max}, nullptr, {}, {}, false, {}, false},
+      executor_{std::make_unique<BatchExecutor>(state_)} {
+  facts_.backend = engine_->backend_name();
+  refresh_facts();
+}
+
+SpaceCore::~SpaceCore() { close(); }
+
+void SpaceCore::close() noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return;
+  // What the kernel refuses to unmap goes when its object closes; nothing of ours names it any more.
+  (void)executor_->unmap_all();
+  state_.closed = true;
+  state_.backend.reset();
+}
+
+Error SpaceCore::closed_error() const noexcept {
+  return make_error(Errc::closed, Stage::validate, "the address space has been destroyed");
+}
+
+Completion SpaceCore::run_now(const Operation& operation) noexcept {
+  SyncCall call{*executor_, operation};
+  lane_.enter(call);
+  return call.wait();
+}
+
+Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  auto attached = state_.backend->attach({device.pci_address, device.cdev_fd, device.group_fd});
+  if (!attached) return attached.error();
+  if (const auto refreshed = refresh_usable(); !refreshed) {
+    (void)state_.backend->detach(attached->id);
+    (void)refresh_usable();
+    return refreshed.error();
+  }
+  refresh_facts();
+  return DeviceInfo{attached->id.value, std::move(attached->name), attached->device_fd, std::move(attached->reserved)};
+}
+
+Result<void> SpaceCore::detach(std::uint32_t device_id) {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached;
+  refresh_facts();
+  return refresh_usable();
+}
+
+Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  return state_.usable;
+}
+
+Result<void> SpaceCore::refresh_usable() {
+  auto usable = state_.backend->usable_ranges();
+  if (!usable) return usable.error();
+  const auto covered = [&](IovaRange range) {
+    return std::any_of(usable->begin(), usable->end(), [&](const IovaRange& window) { return window.contains(range); });
+  };
+  Error conflict{};
+  state_.index.for_each(IovaRange::everything(), [&](MappingId, const MappingRecord& record) {
+    if (covered(record.range)) return true;
+    conflict = fail(Errc::iova_reserved, Stage::attach, 0,
+                    "the live mapping [{:#x}, {:#x}] would no longer be wholly usable; unmap it first",
+                    record.range.start.value, record.range.last.value);
+    return false;
+  });
+  if (conflict) return conflict;
+  for (const IovaRange& promise : config_.promised) {
+    if (!usable->empty() && !covered(promise))
+      return fail(Errc::iova_reserved, Stage::attach, 0,
+                  "the promised range [{:#x}, {:#x}] would no longer be wholly usable; remove the device that reserves "
+                  "part of it, or promise another layout",
+                  promise.start.value, promise.last.value);
+  }
+  if (config_.layout == LayoutPolicy::engine_managed && !usable->empty()) {
+    if (!state_.allocator) {
+      iova::IntervalAllocatorConfig allocator;
+      allocator.granule = state_.backend->facts().granule;
+      allocator.windows = *usable;
+      auto made = iova::IntervalAllocator::create(allocator);
+      if (!made) return made.error();
+      state_.allocator = *std::move(made);
+    } else if (const auto narrowed = state_.allocator->set_usable(*usable); !narrowed) {
+      return narrowed.error();
+    }
+  }
+  state_.usable = *std::move(usable);
+  return {};
+}
+
+void SpaceCore::refresh_facts() {
+  const backends::SpaceFacts& facts = state_.backend->facts();
+  state_.granule = facts.granule;
+  state_.map_by_copy = has(facts.capabilities, backends::Capability::copy_reuses_pin);
+  facts_.granule = facts.granule;
+  facts_.page_sizes = facts.page_sizes;
+  facts_.entries_max = facts.entries_max;
+  facts_.replace_is_atomic = has(facts.capabilities, backends::Capability::replace_in_place);
+  facts_.unmap_may_cut = has(facts.capabilities, backends::Capability::cut_on_unmap);
+  facts_.register_pins = has(facts.capabilities, backends::Capability::explicit_pin);
+}
+
+Result<MemoryId> SpaceCore::register_memory(const MemoryConfig& memory) {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  const auto region = state_.backend->register_memory({memory.address, memory.length, memory.fd, memory.fd_offset});
+  if (!region) return region.error();
+  const auto id = state_.memories.add(*region, memory.length);
+  if (!id) (void)state_.backend->unregister_memory(*region);
+  return id;
+}
+
+void SpaceCore::unregister_memory(MemoryId memory) noexcept {
+  const LaneHold held{lane_};
+  const auto index = state_.memories.find(memory);
+  if (!index) return;
+  MemoryTable::Entry& entry = state_.memories.at(*index);
+  entry.owned = false;
+  if (state_.closed || entry.mappings != 0) return;
+  if (state_.backend->unregister_memory(entry.region)) state_.memories.forget(*index);
+}
+
+MappingInfo SpaceCore::describe(MappingId mapping) const noexcept {
+  const MappingRecord& record = *state_.index.find(mapping);
+  MappingInfo info;
+  info.range = record.range;
+  info.memory.memory = record.region != 0 ? state_.memories.id_of(record.region - 1) : MemoryId{};
+  info.memory.offset = record.memory;
+  info.memory.length = record.range.length();
+  info.access = record.access;
+  info.mapping = mapping;
+  info.quarantined = record.state == MappingState::quarantined;
+  return info;
+}
+
+Result<MappingInfo> SpaceCore::find(Iova iova) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  const MappingId mapping = state_.index.covering(iova);
+  if (!mapping) return fail(Errc::not_found, Stage::query, 0, "nothing is mapped at IOVA {:#x}", iova.value);
+  return describe(mapping);
+}
+
+Result<MappingInfo> SpaceCore::info(MappingId mapping) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  if (state_.index.find(mapping) == nullptr)
+    return make_error(Errc::stale_handle, Stage::query, "the mapping it names is gone");
+  return describe(mapping);
+}
+
+void SpaceCore::for_each(IovaRange range, const std::function<bool(const MappingInfo&)>& visit) {
+  const LaneHold held{lane_};
+  if (state_.closed) return;
+  for (MappingId id = state_.index.first_in(range); id; id = state_.index.next(id)) {
+    const MappingInfo info = describe(id);
+    if (!info.range.overlaps(range) || !visit(info)) break;
+  }
+}
+
+Result<Bytes> SpaceCore::unmap_all() noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  return executor_->unmap_all();
+}
+
+Stats SpaceCore::stats() noexcept {
+  const LaneHold held{lane_};
+  Stats stats = state_.stats;
+  stats.live_mappings = state_.index.size() - stats.quarantined_mappings;
+  stats.live_bytes = Bytes{state_.index.bytes().value - stats.quarantined_bytes.value};
+  return stats;
+}
+
+}  // namespace iovane::engine

@@ -1,0 +1,61 @@
+// SpaceCore: an address space behind its public handle.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/batch_executor.hpp"
+#include "engine/lane.hpp"
+#include "engine/space_state.hpp"
+#include "iovane/address_space.hpp"
+
+namespace iovane::engine {
+
+class EngineCore;
+
+/// Shared by the AddressSpace, its queues, leases and registered memories; the last of them ends it. After close() the
+/// kernel objects are gone and every call answers Errc::closed.
+class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
+ public:
+  static Result<std::shared_ptr<SpaceCore>> create(std::shared_ptr<EngineCore> engine,
+                                                   const AddressSpaceConfig& config);
+  ~SpaceCore();
+
+  const AddressSpaceFacts& facts() const noexcept { return facts_; }
+  Lane& lane() noexcept { return lane_; }
+  /// The lane's holder only.
+  BatchExecutor& executor() noexcept { return *executor_; }
+
+  Completion run_now(const Operation& operation) noexcept;
+  Result<DeviceInfo> attach(const DeviceConfig& device);
+  Result<void> detach(std::uint32_t device_id);
+  Result<std::vector<IovaRange>> usable_ranges();
+  Result<MemoryId> register_memory(const MemoryConfig& memory);
+  void unregister_memory(MemoryId memory) noexcept;
+  Result<MappingInfo> find(Iova iova) noexcept;
+  Result<MappingInfo> info(MappingId mapping) noexcept;
+  void for_each(IovaRange range, const std::function<bool(const MappingInfo&)>& visit);
+  Result<Bytes> unmap_all() noexcept;
+  Stats stats() noexcept;
+  void close() noexcept;
+
+ private:
+  SpaceCore(std::shared_ptr<EngineCore> engine, const AddressSpaceConfig& config,
+            std::unique_ptr<backends::BackendSpace> backend, MappingIndex index);
+  /// Called with the lane held.
+  Result<void> refresh_usable();
+  void refresh_facts();
+  MappingInfo describe(MappingId mapping) const noexcept;
+  Error closed_error() const noexcept;
+
+  const std::shared_ptr<EngineCore> engine_;  // keeps the backend open
+  const AddressSpaceConfig config_;
+  Lane lane_;
+  SpaceState state_;
+  std::unique_ptr<BatchExecutor> executor_;
+  AddressSpaceFacts facts_;
+};
+
+}  // namespace iovane::engine

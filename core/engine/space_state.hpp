@@ -1,0 +1,35 @@
+// SpaceState: everything that an address space's lane protects.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backends/backend.hpp"
+#include "engine/mapping_index.hpp"
+#include "engine/memory_table.hpp"
+#include "iova/interval_allocator.hpp"
+#include "iovane/config.hpp"
+#include "iovane/stats.hpp"
+#include "iovane/types.hpp"
+
+namespace iovane::engine {
+
+/// MappingRecord::flags: the mapping consists of several pieces of memory, of which `memory` is the first.
+inline constexpr std::uint16_t mapping_is_scattered = 1;
+
+/// Touched by the lane's holder only.
+struct SpaceState {
+  std::unique_ptr<backends::BackendSpace> backend;
+  MappingIndex index;
+  MemoryTable memories;
+  /// Null when the caller chooses every IOVA: then the index alone says what is taken.
+  std::unique_ptr<iova::IntervalAllocator> allocator;
+  std::vector<IovaRange> usable;  ///< sorted, disjoint
+  Stats stats;
+  bool closed = false;
+  Bytes granule{4096};       ///< of the backend's facts, as of the last attach
+  bool map_by_copy = false;  ///< maps of registered memory go through its pin
+};
+
+}  // namespace iovane::engine

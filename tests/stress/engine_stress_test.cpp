@@ -1,0 +1,84 @@
+// Several threads on one address space: queues, synchronous calls and control-plane looks at once. Run under TSan.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "engine/engine_core.hpp"
+#include "iovane/engine.hpp"
+#include "support/recording_backend.hpp"
+
+namespace iovane {
+namespace {
+
+std::uint64_t seed() {
+  const char* given = std::getenv("IOVANE_SEED");  // NOLINT(concurrency-mt-unsafe): read before threads start
+  return given != nullptr ? std::strtoull(given, nullptr, 0) : std::random_device{}();
+}
+
+TEST(EngineStress, EveryOperationCompletesOnceAndTheEndIsEmpty) {
+  const std::uint64_t base_seed = seed();
+  SCOPED_TRACE(::testing::Message() << "IOVANE_SEED=" << base_seed);
+  testing::RecordingSpace* backend = nullptr;
+  Engine engine = EngineAccess::open(std::make_unique<testing::RecordingBackend>(backend), "recording");
+  backend->before_batch = [backend] { backend->batches.clear(); };
+  AddressSpaceConfig config;
+  config.layout = LayoutPolicy::fixed;
+  auto space = engine.create_address_space(config);
+  ASSERT_TRUE(space) << space.error().message();
+
+  constexpr std::uint64_t page = 4096;
+  constexpr int rounds = 400;
+  std::vector<std::thread> threads;
+  std::atomic<std::uint64_t> completed{0};
+  for (std::uint64_t t = 0; t < 3; ++t)
+    threads.emplace_back([&, t] {
+      std::mt19937_64 random{base_seed + t};
+      auto queue = space->open_queue({.depth = 32});
+      ASSERT_TRUE(queue);
+      const std::uint64_t own = 0x10000 + t * 0x10000;  // each thread has its own pages
+      std::uint64_t staged = 0;
+      std::vector<Completion> out(32);
+      for (int round = 0; round < rounds; ++round) {
+        const std::uint64_t count = 1 + random() % 16;
+        for (std::uint64_t i = 0; i < count; ++i) {
+          MapRequest request;
+          request.memory = {{}, 0x7000'0000, Bytes{page}};
+          request.placement = Placement::fixed(Iova{(own + 2 * i) * page});
+          ASSERT_TRUE(queue->stage(request));
+        }
+        queue->submit();
+        staged += count;
+        std::size_t got = queue->wait(out, count, std::chrono::seconds{60});
+        ASSERT_EQ(got, count);
+        for (std::size_t i = 0; i < got; ++i) ASSERT_TRUE(out[i].ok()) << out[i].error.message();
+        completed.fetch_add(got, std::memory_order_relaxed);
+        if (random() % 4 == 0) {
+          const auto found = space->find(Iova{own * page});
+          ASSERT_TRUE(found) << found.error().message();
+          (void)space->stats();
+        }
+        const auto whole = IovaRange::from_length(Iova{own * page}, Bytes{64 * page});
+        if (random() % 2 == 0) {
+          const Completion gone = space->unmap(UnmapRequest::of(*whole));
+          ASSERT_TRUE(gone.ok()) << gone.error.message();
+          ASSERT_EQ(gone.bytes.value, count * page);
+        } else {
+          ASSERT_TRUE(queue->stage(UnmapRequest::of(*whole)));
+          queue->submit();
+          ASSERT_EQ(queue->wait(out, 1, std::chrono::seconds{60}), 1U);
+          ASSERT_EQ(out[0].bytes.value, count * page) << out[0].error.message();
+        }
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(space->stats().live_mappings, 0U);
+  EXPECT_EQ(space->stats().maps, completed.load(std::memory_order_relaxed));
+  EXPECT_TRUE(backend->live.empty());
+}
+
+}  // namespace
+}  // namespace iovane
