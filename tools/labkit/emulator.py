@@ -34,7 +34,7 @@ def command(machine: Machine) -> list[str]:
     root = cache.entry(f"emulators/{NEWER.name}-{machine.emulator_package}", lambda empty: _fetch(machine.emulator_package, empty))
     program = root / "usr/bin" / machine.emulator
     loader = root / "usr" / libraries.loader(program).lstrip("/")
-    directories = sorted({str(path.parent) for path in root.glob("usr/lib/**/*.so*") if "/qemu/" not in str(path)})
+    directories = sorted({str(path.parent) for path in root.glob("usr/lib/**/lib*.so.*")})
     modules = next(root.glob("usr/lib/*/qemu"), root)
     return ["env", f"QEMU_MODULE_DIR={modules}", str(loader), "--library-path", ":".join(directories), str(program), "-L", str(root / "usr/share/qemu")]
 
