@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -23,8 +24,7 @@ namespace iovane::base {
 
 template <typename T>
 class Slab {
-  static_assert(std::is_trivially_destructible_v<T> && std::is_nothrow_default_constructible_v<T>,
-                "cells are reused without destroying what was in them");
+  static_assert(std::is_trivially_destructible_v<T>, "cells are reused without destroying what was in them");
 
   struct Cell {
     Cell() noexcept {}  // NOLINT(modernize-use-equals-default): the union's member is made by acquire()
@@ -51,9 +51,10 @@ class Slab {
     return *this;
   }
 
-  /// A live, value-initialised object; nullptr when entries_max are live or there is no memory. Stays where it is
-  /// until released.
-  T* acquire() noexcept {
+  /// A live object T{arguments...}; nullptr when entries_max are live or there is no memory. Stays where it is until
+  /// released.
+  template <typename... Arguments>
+  T* acquire(Arguments&&... arguments) noexcept {
     Cell* cell = free_;
     if (cell != nullptr) [[likely]] {
       free_ = cell->next_free;
@@ -63,7 +64,7 @@ class Slab {
       cell->number = used_++;
     }
     ++cell->generation;
-    return std::construct_at(&cell->value);
+    return ::new (&cell->value) T{std::forward<Arguments>(arguments)...};
   }
 
   /// Precondition: `object` came from acquire() and is live. Its handles are stale from now on.

@@ -13,6 +13,29 @@ using radix::LargeNode;
 using radix::Ref;
 using radix::SmallNode;
 
+namespace {
+
+// Kept out of line: insert() is short without them.
+[[gnu::cold, gnu::noinline]] Error ends_before_it_starts(IovaRange range) noexcept {
+  return base::fail(Errc::invalid_argument, Stage::publish, 0, "range [{:#x}, {:#x}] ends before it starts",
+                    range.start.value, range.last.value);
+}
+[[gnu::cold, gnu::noinline]] Error in_the_way(IovaRange range, const MappingRecord& other) noexcept {
+  return base::fail(Errc::iova_busy, Stage::publish, 0, "[{:#x}, {:#x}] overlaps the {} mapping [{:#x}, {:#x}]",
+                    range.start.value, range.last.value, to_string(other.state), other.range.start.value,
+                    other.range.last.value);
+}
+[[gnu::cold, gnu::noinline]] Error full(std::size_t size) noexcept {
+  return base::fail(Errc::limit_reached, Stage::publish, 0,
+                    "{} mappings are live, as many as mappings_max allows: unmap some or raise it", size);
+}
+[[gnu::cold, gnu::noinline]] Error no_memory(std::size_t size) noexcept {
+  return base::fail(Errc::out_of_memory, Stage::publish, 0,
+                    "no memory to index one more mapping beside {} live ones; nothing was changed", size);
+}
+
+}  // namespace
+
 std::string_view to_string(MappingState state) noexcept {
   switch (state) {
     case MappingState::mapping: return "mapping";
@@ -58,35 +81,36 @@ MappingIndex& MappingIndex::operator=(MappingIndex&& o) noexcept {
 
 // --- Looking up ------------------------------------------------------------------------------------------------------
 
-MappingIndex::Entry* MappingIndex::lowest(Ref child) noexcept {
+inline MappingIndex::Entry* MappingIndex::lowest(Ref child) noexcept {
   while (!child.is_entry()) child = radix::lowest_child(child);
   return child.entry<Entry>();
 }
 
-MappingIndex::Entry* MappingIndex::highest(Ref child) noexcept {
+inline MappingIndex::Entry* MappingIndex::highest(Ref child) noexcept {
   while (!child.is_entry()) child = radix::highest_child(child);
   return child.entry<Entry>();
 }
 
-MappingIndex::Place MappingIndex::locate(std::uint64_t key) const noexcept {
+[[gnu::always_inline]] inline MappingIndex::Place MappingIndex::locate(std::uint64_t key) const noexcept {
   Place place{Ref{}, root_};
-  if (finger_ && radix::covers(finger_, key)) place = {finger_, child_at(finger_, digit_of(key, finger_.level()))};
+  if (finger_ && radix::covers(finger_, key)) place = {finger_, child_at(finger_, key)};
   while (place.child && !place.child.is_entry() && radix::covers(place.child, key)) {
     place.node = place.child;
-    place.child = child_at(place.node, digit_of(key, place.node.level()));
+    place.child = child_at(place.node, key);
   }
   return place;
 }
 
 // The entry with the greatest start not above `key`, given where `key` belongs.
-MappingIndex::Entry* MappingIndex::floor_at(const Place& place, std::uint64_t key) noexcept {
+[[gnu::always_inline]] inline MappingIndex::Entry* MappingIndex::floor_at(const Place& place,
+                                                                          std::uint64_t key) noexcept {
   if (place.child.is_entry()) {
     Entry* const entry = place.child.entry<Entry>();
     return entry->record.range.start.value <= key ? entry : entry->prev;
   }
   if (place.child) return place.child.node()->key < key ? highest(place.child) : lowest(place.child)->prev;
   if (!place.node) return nullptr;
-  const Ref below = radix::child_below(place.node, digit_of(key, place.node.level()));
+  const Ref below = radix::child_below(place.node, key);
   return below ? highest(below) : lowest(radix::lowest_child(place.node))->prev;
 }
 
@@ -112,11 +136,11 @@ const MappingRecord* MappingIndex::find(MappingId id) const noexcept {
 MappingId MappingIndex::covering(Iova iova) const noexcept {
   // Most lookups fall into the first granule of a mapping or find its digit taken by it: follow the digits without
   // comparing anything on the way, and look at what is there.
-  Ref at = root_;
-  while (at && !at.is_entry()) at = child_at(at, digit_of(iova.value, at.level()));
+  const Ref at = radix::follow(finger_ && radix::covers(finger_, iova.value) ? finger_ : root_, iova.value);
   if (at) {
     const Entry* const entry = at.entry<Entry>();
-    if (entry->record.range.contains(iova)) return id_of(entry);
+    if (entry->record.range.contains(iova)) [[likely]]
+      return MappingId{entries_.handle_of(entry)};
   }
   const Entry* const below = floor(iova.value);
   return below != nullptr && below->record.range.contains(iova) ? id_of(below) : MappingId{};
@@ -139,43 +163,30 @@ Bytes MappingIndex::bytes() const noexcept {
 
 Result<MappingId> MappingIndex::insert(const MappingRecord& record) noexcept {
   const IovaRange range = record.range;
-  if (!range.well_formed()) [[unlikely]] {
-    return base::fail(Errc::invalid_argument, Stage::publish, 0, "range [{:#x}, {:#x}] ends before it starts",
-                      range.start.value, range.last.value);
-  }
+  if (!range.well_formed()) [[unlikely]]
+    return ends_before_it_starts(range);
   const std::uint64_t key = range.start.value;
   const Place place = locate(key);
   Entry* const below = floor_at(place, key);
   Entry* const above = below != nullptr ? below->next : head_;
-  const Entry* in_the_way = nullptr;
-  if (below != nullptr && below->record.range.last.value >= key)
-    in_the_way = below;
-  else if (above != nullptr && above->record.range.start <= range.last)
-    in_the_way = above;
-  if (in_the_way != nullptr) [[unlikely]] {
-    const IovaRange other = in_the_way->record.range;
-    return base::fail(Errc::iova_busy, Stage::publish, 0, "[{:#x}, {:#x}] overlaps the {} mapping [{:#x}, {:#x}]",
-                      range.start.value, range.last.value, to_string(in_the_way->record.state), other.start.value,
-                      other.last.value);
+  if (below != nullptr && below->record.range.last.value >= key) [[unlikely]]
+    return in_the_way(range, below->record);
+  if (above != nullptr && above->record.range.start <= range.last) [[unlikely]]
+    return in_the_way(range, above->record);
+  if (size_ == entries_.entries_max()) [[unlikely]]
+    return full(size_);
+  Entry* const entry = entries_.acquire(record, below, above);
+  if (entry == nullptr) [[unlikely]]
+    return no_memory(size_);
+  if (!hang(place, key, entry)) [[unlikely]] {
+    entries_.release(entry);
+    return no_memory(size_);
   }
-  if (size_ == entries_.entries_max()) [[unlikely]] {
-    return base::fail(Errc::limit_reached, Stage::publish, 0,
-                      "{} mappings are live, as many as mappings_max allows: unmap some or raise it", size_);
-  }
-  Entry* const entry = entries_.acquire();
-  if (entry == nullptr || !hang(place, key, entry)) [[unlikely]] {
-    if (entry != nullptr) entries_.release(entry);
-    return base::fail(Errc::out_of_memory, Stage::publish, 0,
-                      "no memory to index one more mapping beside {} live ones; nothing was changed", size_);
-  }
-  entry->record = record;
-  entry->prev = below;
-  entry->next = above;
   (below != nullptr ? below->next : head_) = entry;
   if (above != nullptr) above->prev = entry;
   ++size_;
   bytes_ += range.span() + 1;
-  return id_of(entry);
+  return MappingId{entries_.handle_of(entry)};
 }
 
 bool MappingIndex::erase(MappingId id) noexcept {
@@ -198,15 +209,24 @@ void MappingIndex::remove(Entry* entry) noexcept {
 // Makes `child` what stands below `parent` (nothing: at the root) on the way to `key`, where something stands already.
 void MappingIndex::set_child(Ref parent, std::uint64_t key, Ref child) noexcept {
   if (parent)
-    radix::replace_child(parent, digit_of(key, parent.level()), child);
+    radix::replace_child(parent, key, child);
   else
     root_ = child;
   if (child && !child.is_entry()) child.node()->parent = parent;
 }
 
 // Hangs an entry into the tree. False, and nothing changed, when there is no memory for the node this needs.
-bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noexcept {
+[[gnu::always_inline]] inline bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noexcept {
   const Ref leaf = Ref::to_entry(entry);
+  if (!place.child && place.node && place.node.is_large()) [[likely]] {
+    place.node.large()->add(place.node.digit_of_large(key), leaf);
+    finger_ = place.node;
+    return true;
+  }
+  return hang_anywhere(place, key, leaf);
+}
+
+bool MappingIndex::hang_anywhere(Place place, std::uint64_t key, Ref leaf) noexcept {
   if (place.child) {  // a node where the two part ways
     SmallNode* const fork = small_nodes_.acquire();
     if (fork == nullptr) return false;
@@ -231,7 +251,7 @@ bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noe
     node = widen(node);
     if (!node) return false;
   }
-  const unsigned digit = digit_of(key, node.level());
+  const unsigned digit = node.digit_of(key);
   if (node.is_large())
     node.large()->add(digit, leaf);
   else
@@ -241,26 +261,30 @@ bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noe
 }
 
 // Takes the entry at `key` out of the tree. Precondition: there is one.
-void MappingIndex::unhang(std::uint64_t key) noexcept {
+[[gnu::always_inline]] inline void MappingIndex::unhang(std::uint64_t key) noexcept {
   Ref node;
   Ref at = finger_ && radix::covers(finger_, key) ? finger_ : root_;
   while (!at.is_entry()) {
     node = at;
-    at = child_at(node, digit_of(key, node.level()));
+    at = child_at(node, key);
   }
   finger_ = node;
+  if (node && node.is_large()) [[likely]] {
+    node.large()->remove(node.digit_of_large(key));
+    if (node.large()->is_sparse()) [[unlikely]]
+      narrow(node);
+    return;
+  }
+  unhang_from_small(node, key);
+}
+
+void MappingIndex::unhang_from_small(Ref node, std::uint64_t key) noexcept {
   if (!node) {
     root_ = Ref{};
     return;
   }
-  const unsigned digit = digit_of(key, node.level());
-  if (node.is_large()) {
-    node.large()->remove(digit);
-    if (node.large()->is_sparse()) narrow(node);
-  } else {
-    node.small()->remove(digit);
-    if (node.small()->count() == 1) dissolve(node, node.small()->children[0]);
-  }
+  node.small()->remove(node.digit_of(key));
+  if (node.small()->count() == 1) dissolve(node, node.small()->children[0]);
 }
 
 // A large node in place of a full small one, or nothing when there is no memory.

@@ -144,7 +144,9 @@ class MappingIndex {
   const Entry* first_entry(IovaRange range) const noexcept;
 
   bool hang(const Place& place, std::uint64_t key, Entry* entry) noexcept;
+  bool hang_anywhere(Place place, std::uint64_t key, radix::Ref leaf) noexcept;
   void unhang(std::uint64_t key) noexcept;
+  void unhang_from_small(radix::Ref node, std::uint64_t key) noexcept;
   void set_child(radix::Ref parent, std::uint64_t key, radix::Ref child) noexcept;
   radix::Ref widen(radix::Ref node) noexcept;
   void narrow(radix::Ref node) noexcept;

@@ -26,25 +26,37 @@ struct Node;
 struct SmallNode;
 struct LargeNode;
 
-/// What a child is: nothing, an entry, or a node. All are aligned to 64 bytes; the six bits this leaves say which, and
-/// the level of a node, so that a descent need not read a node's header to find its way through it.
+/// What a child is: nothing, an entry, or a node. All are aligned to 64 bytes; the six bits this leaves hold a node's
+/// shift (level * digit_bits, always even), so that a descent need not read a node's header to find its way through it
+/// and shifts by the word as it is. An odd word is a small node or, with all six bits set, an entry.
 class Ref {
  public:
   constexpr Ref() noexcept = default;
-  static Ref to_entry(const void* entry) noexcept { return Ref{reinterpret_cast<std::uintptr_t>(entry) | entry_kind}; }
+  static Ref to_entry(const void* entry) noexcept { return Ref{reinterpret_cast<std::uintptr_t>(entry) | tag_mask}; }
   static Ref to_node(SmallNode* node, unsigned level) noexcept {
-    return Ref{reinterpret_cast<std::uintptr_t>(node) | small_kind | (std::uintptr_t{level} << kind_bits)};
+    return Ref{reinterpret_cast<std::uintptr_t>(node) | (level * digit_bits) | odd};
   }
   static Ref to_node(LargeNode* node, unsigned level) noexcept {
-    return Ref{reinterpret_cast<std::uintptr_t>(node) | large_kind | (std::uintptr_t{level} << kind_bits)};
+    return Ref{reinterpret_cast<std::uintptr_t>(node) | (level * digit_bits)};
   }
 
   constexpr explicit operator bool() const noexcept { return bits_ != 0; }
   constexpr bool operator==(const Ref&) const noexcept = default;
-  constexpr bool is_entry() const noexcept { return (bits_ & kind_mask) == entry_kind; }
-  constexpr bool is_large() const noexcept { return (bits_ & kind_mask) == large_kind; }
-  /// Of a node.
-  constexpr unsigned level() const noexcept { return static_cast<unsigned>(bits_ & tag_mask) >> kind_bits; }
+  constexpr bool is_entry() const noexcept { return (bits_ & tag_mask) == tag_mask; }
+  /// A large node, or nothing.
+  constexpr bool is_even() const noexcept { return (bits_ & odd) == 0; }
+
+  // Of a node:
+  constexpr bool is_large() const noexcept { return is_even(); }
+  constexpr unsigned shift() const noexcept { return static_cast<unsigned>(bits_ & tag_mask & ~odd); }
+  constexpr unsigned level() const noexcept { return shift() / digit_bits; }
+  constexpr unsigned digit_of(std::uint64_t key) const noexcept {
+    return static_cast<unsigned>(key >> shift()) & (digit_count - 1);
+  }
+  /// Of a large node: digit_of(), one step cheaper.
+  constexpr unsigned digit_of_large(std::uint64_t key) const noexcept {
+    return static_cast<unsigned>(key >> (bits_ & tag_mask)) & (digit_count - 1);
+  }
 
   template <typename Entry>
   Entry* entry() const noexcept {
@@ -55,8 +67,7 @@ class Ref {
   LargeNode* large() const noexcept { return reinterpret_cast<LargeNode*>(bits_ & ~tag_mask); }
 
  private:
-  static constexpr unsigned kind_bits = 2;
-  static constexpr std::uintptr_t kind_mask = 3, entry_kind = 1, small_kind = 2, large_kind = 3, tag_mask = 63;
+  static constexpr std::uintptr_t odd = 1, tag_mask = 63;
 
   constexpr explicit Ref(std::uintptr_t bits) noexcept : bits_{bits} {}
   std::uintptr_t bits_ = 0;
@@ -80,7 +91,12 @@ struct alignas(64) SmallNode : Node {
     return 8 - static_cast<unsigned>((at_least * bytes_01) >> 56);
   }
   unsigned count() const noexcept { return rank(digits, digit_count); }
-  bool has(unsigned position, unsigned digit) const noexcept { return ((digits >> (8 * position)) & 0xff) == digit; }
+  /// The child at `digit`, or nothing: looks for the first byte without a difference.
+  Ref find(unsigned digit) const noexcept {
+    const std::uint64_t difference = digits ^ (bytes_01 * digit);
+    const std::uint64_t equal = (difference - bytes_01) & ~difference & (bytes_01 << 7);
+    return equal == 0 ? Ref{} : children[static_cast<unsigned>(std::countr_zero(equal)) / 8];
+  }
 
   /// Precondition: fewer than children_max children, none at `digit`.
   void add(unsigned digit, Ref child) noexcept {
@@ -122,33 +138,47 @@ struct alignas(64) LargeNode : Node {
 };
 static_assert(sizeof(LargeNode) == 576);
 
-/// The child at `digit`, or nothing.
-inline Ref child_at(Ref node, unsigned digit) noexcept {
-  if (node.is_large()) return node.large()->children[digit];
-  const SmallNode& small = *node.small();
-  const unsigned position = SmallNode::rank(small.digits, digit);
-  return small.has(position, digit) ? small.children[position] : Ref{};
+/// The child on the way to `key`, or nothing.
+inline Ref child_at(Ref node, std::uint64_t key) noexcept {
+  if (node.is_large()) return node.large()->children[node.digit_of_large(key)];
+  return node.small()->find(node.digit_of(key));
 }
 
-/// The child with the greatest digit below `digit` (at most 64), or nothing.
-inline Ref child_below(Ref node, unsigned digit) noexcept {
+/// Follows the digits of `key` from `at` and compares nothing on the way: the entry this leads to, or nothing. If there
+/// is an entry at `key` it is this one, else it may be any.
+inline Ref follow(Ref at, std::uint64_t key) noexcept {
+  for (;;) {
+    while (at.is_even()) {
+      if (!at) return at;
+      at = at.large()->children[at.digit_of_large(key)];
+    }
+    if (at.is_entry()) return at;
+    at = at.small()->find(at.digit_of(key));
+  }
+}
+
+/// The child with the greatest digit below that of `key`, or nothing.
+inline Ref child_below(Ref node, std::uint64_t key) noexcept {
   if (node.is_large()) {
     const LargeNode& large = *node.large();
-    const std::uint64_t below =
-        digit == digit_count ? large.present : large.present & ((std::uint64_t{1} << digit) - 1);
+    const std::uint64_t below = large.present & ((std::uint64_t{1} << node.digit_of_large(key)) - 1);
     return below == 0 ? Ref{} : large.children[63 - std::countl_zero(below)];
   }
   const SmallNode& small = *node.small();
-  const unsigned position = SmallNode::rank(small.digits, digit);
+  const unsigned position = SmallNode::rank(small.digits, node.digit_of(key));
   return position == 0 ? Ref{} : small.children[position - 1];
 }
-inline Ref highest_child(Ref node) noexcept { return child_below(node, digit_count); }
+inline Ref highest_child(Ref node) noexcept {
+  return node.is_large() ? node.large()->children[63 - std::countl_zero(node.large()->present)]
+                         : node.small()->children[node.small()->count() - 1];
+}
 inline Ref lowest_child(Ref node) noexcept {
   return node.is_large() ? node.large()->children[std::countr_zero(node.large()->present)] : node.small()->children[0];
 }
 
-/// Puts `child` where another child is. Precondition: there is one at `digit`.
-inline void replace_child(Ref node, unsigned digit, Ref child) noexcept {
+/// Puts `child` where another child is on the way to `key`. Precondition: there is one.
+inline void replace_child(Ref node, std::uint64_t key, Ref child) noexcept {
+  const unsigned digit = node.digit_of(key);
   if (node.is_large()) {
     node.large()->children[digit] = child;
   } else {
@@ -158,7 +188,7 @@ inline void replace_child(Ref node, unsigned digit, Ref child) noexcept {
 
 /// True when `key` belongs under the node: it agrees with the node's keys above its level.
 inline bool covers(Ref node, std::uint64_t key) noexcept {
-  return ((key ^ node.node()->key) >> (node.level() * digit_bits)) >> digit_bits == 0;
+  return ((key ^ node.node()->key) >> node.shift()) >> digit_bits == 0;
 }
 
 }  // namespace iovane::engine::radix
