@@ -10,8 +10,13 @@ std::string parameter_name(Interface interface) {
   return name;
 }
 
-void Conformance::SetUp() {
-  machine_ = make_machine();
+void Conformance::SetUp() { restart({}); }
+
+void Conformance::restart(const MachineOptions& options) {
+  backend_.reset();
+  kernel_.reset();
+  machine_.reset();
+  machine_ = make_machine(options);
   ASSERT_NE(machine_, nullptr);
   ASSERT_FALSE(machine_->devices().empty()) << "no device can bear witness";
   pinned_before_ = machine_->kernel().memlock().pinned;

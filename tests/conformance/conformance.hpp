@@ -29,6 +29,8 @@ class Conformance : public testing::TestWithParam<Interface> {
   bool container() const { return GetParam() == Interface::type1_v1 || GetParam() == Interface::type1_v2; }
   bool version_1() const { return GetParam() == Interface::type1_v1 || GetParam() == Interface::compat_v1; }
 
+  /// Another machine in the first one's place, with nothing open yet but the backend.
+  void restart(const MachineOptions& options);
   std::unique_ptr<Backend> open(int handed_in = -1, bool duplicate = false);
   std::unique_ptr<BackendSpace> make_space(const SpaceOptions& options = {});
   AttachedDevice attach(BackendSpace& space, std::size_t device = 0);

@@ -48,6 +48,8 @@ class MemlockLimit {
 
 class LabMachine final : public Machine {
  public:
+  explicit LabMachine(std::unique_ptr<MemlockLimit> memlock) : memlock_{std::move(memlock)} {}
+
   Kernel& kernel() override { return kernel_; }
   std::vector<std::string> devices() override {
     std::vector<std::string> list;
@@ -59,17 +61,18 @@ class LabMachine final : public Machine {
   std::unique_ptr<Witness> witness(BackendSpace& space, const AttachedDevice& device) override {
     return make_edu_witness(kernel_, space, device);
   }
-  std::shared_ptr<void> limit_memlock(Bytes limit) override {
-    auto held = std::make_shared<MemlockLimit>(limit);
-    return held->ok() ? held : nullptr;
-  }
 
  private:
+  std::unique_ptr<MemlockLimit> memlock_;
   SystemKernel kernel_;
 };
 
 }  // namespace
 
-std::unique_ptr<Machine> make_lab_machine() { return std::make_unique<LabMachine>(); }
+std::unique_ptr<Machine> make_lab_machine(const MachineOptions& options) {
+  if (!options.memlock) return std::make_unique<LabMachine>(nullptr);
+  auto limit = std::make_unique<MemlockLimit>(*options.memlock);
+  return limit->ok() ? std::make_unique<LabMachine>(std::move(limit)) : nullptr;
+}
 
 }  // namespace iovane::test

@@ -7,6 +7,6 @@
 
 namespace iovane::test {
 
-std::unique_ptr<Machine> make_lab_machine();
+std::unique_ptr<Machine> make_lab_machine(const MachineOptions& options);
 
 }  // namespace iovane::test

@@ -38,8 +38,8 @@ TEST_P(LimitContract, the_entry_limit_is_known_before_it_hits) {
 
 TEST_P(LimitContract, memlock_is_named_with_limit_use_and_need) {
   constexpr Bytes limit{1 << 20};
-  const auto narrow = machine_->limit_memlock(limit);
-  if (narrow == nullptr) GTEST_SKIP() << "this machine cannot limit pinned memory";
+  restart({.memlock = limit});
+  ASSERT_NE(machine_, nullptr) << "this machine cannot limit pinned memory";
   make_default();
   const Memory large{512};
   const Memory small{4};
@@ -57,10 +57,6 @@ TEST_P(LimitContract, memlock_is_named_with_limit_use_and_need) {
     const auto region = space_->register_memory({.address = large.data(), .length = large.length()});
     EXPECT_EQ(region.error().code, Errc::memlock_exceeded) << region.error().message();
   }
-  space_->unmap_all().value_or(Bytes{});
-  witness_.reset();
-  space_.reset();
-  backend_.reset();
 }
 
 TEST_P(LimitContract, threads_map_disjoint_ranges_where_the_space_allows) {

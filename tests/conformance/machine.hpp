@@ -19,12 +19,15 @@ class Machine {
   /// PCI addresses of witnesses that can be attached, in different groups where there are several.
   virtual std::vector<std::string> devices() = 0;
   virtual std::unique_ptr<Witness> witness(backends::BackendSpace& space, const backends::AttachedDevice& device) = 0;
-  /// Sets RLIMIT_MEMLOCK, and takes CAP_IPC_LOCK away so that it counts; undone when the result goes. Null when this
-  /// machine cannot.
-  virtual std::shared_ptr<void> limit_memlock(Bytes limit) = 0;
 };
 
-/// With IOVANE_LAB=1 in the environment the running kernel, otherwise the software IOMMU. A machine per test.
-std::unique_ptr<Machine> make_machine();
+struct MachineOptions {
+  /// RLIMIT_MEMLOCK, enforced (CAP_IPC_LOCK goes while the machine lives); nothing: as it is, or unlimited.
+  std::optional<Bytes> memlock;
+};
+
+/// With IOVANE_LAB=1 in the environment the running kernel, otherwise the software IOMMU. A machine per test. Null
+/// when the machine cannot be had that way.
+std::unique_ptr<Machine> make_machine(const MachineOptions& options = {});
 
 }  // namespace iovane::test

@@ -58,6 +58,8 @@ TEST_P(RegionContract, a_copy_reaches_the_same_memory_without_a_second_pin) {
   make_default();
   const Memory memory{8};
   const RegionId region = registered(*space_, memory);
+  EXPECT_EQ(copies(), GetParam() == Interface::iommufd);
+  EXPECT_EQ(pins(), GetParam() == Interface::iommufd);
   if (!copies()) {
     EXPECT_EQ(run(*space_, region_op(OpKind::copy, region, at(base, 1), 0)).error.code, Errc::unsupported);
     return;
@@ -81,7 +83,7 @@ TEST_P(RegionContract, a_copy_reaches_the_same_memory_without_a_second_pin) {
 
 TEST_P(RegionContract, copies_of_part_of_a_region_may_be_read_only) {
   make_default();
-  if (!copies()) GTEST_SKIP() << "no copy on this interface";
+  if (!copies()) return;  // as the test of copies asserts
   const Memory memory{2};
   const RegionId region = registered(*space_, memory);
   ASSERT_TRUE(run(*space_, region_op(OpKind::copy, region, at(base, 1), os_page_bytes(), Access::read)).error.ok());
@@ -106,7 +108,7 @@ TEST_P(RegionContract, memory_registered_before_any_device_is_pinned_by_the_firs
 
 TEST_P(RegionContract, memory_known_to_two_spaces_is_pinned_once) {
   make_default();
-  if (!pins()) GTEST_SKIP() << "this interface pins per mapping";
+  if (!pins()) return;  // each mapping pins for itself there
   const auto other = make_space();
   const Memory memory{4};
   const RegionId here = registered(*space_, memory);
@@ -136,7 +138,7 @@ TEST_P(RegionContract, memory_that_is_not_there_cannot_be_registered) {
 
 TEST_P(RegionContract, read_only_memory_pins_and_maps_for_reading) {
   make_default();
-  if (!copies()) GTEST_SKIP() << "no copy on this interface";
+  if (!copies()) return;  // as the test of copies asserts
   const Memory memory{1};
   ASSERT_EQ(::mprotect(memory.data(), memory.length().value, PROT_READ), 0);
   const RegionId region = registered(*space_, memory);
