@@ -178,6 +178,27 @@ std::string ModelKernel::description() {
   return text + fmt::format(", {} simulated devices", host_.devices.size());
 }
 
+MemlockUse ModelKernel::memlock() noexcept {
+  SpaceUsage iommufd_pages, container_pages;
+  std::size_t areas = 0, objects = 0;
+  try {
+    host_.files.for_each([&](File& file) {
+      if (auto* iommufd = dynamic_cast<IommufdFile*>(&file); iommufd != nullptr) {
+        iommufd->add_usage(iommufd_pages, areas, objects);
+      } else if (auto* container = dynamic_cast<ContainerFile*>(&file); container != nullptr) {
+        container->add_usage(container_pages, areas);
+      }
+    });
+  } catch (...) {
+    // No memory to look: the limit alone is still worth saying.
+  }
+  const auto bytes = [](std::int64_t n) { return Bytes{static_cast<std::uint64_t>(n) * os_page_bytes}; };
+  return {.limit = host_.options.memlock.limit,
+          .locked = bytes(container_pages.process + iommufd_pages.process),
+          .pinned = bytes(iommufd_pages.pinned),
+          .exempt = host_.options.memlock.ipc_lock};
+}
+
 ModelUsage ModelKernel::usage() const {
   SpaceUsage pages;
   ModelUsage usage;

@@ -47,6 +47,8 @@ class ModelKernel final : public Kernel {
   Result<void*> map_memory(int fd, std::uint64_t offset, std::size_t length, bool writable) noexcept override;
   void unmap_memory(void* address, std::size_t length) noexcept override;
   Result<std::vector<PciDevice>> pci_devices() override;
+  /// As the imitated host's /proc would have it: iommufd's pins as pinned, type1's as locked.
+  MemlockUse memlock() noexcept override;
   std::string description() override;
 
   /// The devices, in the order of the options. They live as long as the kernel.

@@ -120,6 +120,12 @@ Result<std::uint64_t> Type1Space::address_of(const BackendOp& op) const noexcept
 }
 
 BackendOpResult Type1Space::map(const BackendOp& op) noexcept {
+  if (!compat() && op.range.last > last_mappable())
+    return {base::fail(Errc::iova_reserved, Stage::map, 0,
+                       "[{:#x}, {:#x}] reaches the last granule of the address space, where kernels before 6.19 "
+                       "overflow; it is kept out of use on type1",
+                       op.range.start.value, op.range.last.value),
+            {}};
   const auto address = address_of(op);
   if (!address) return {address.error(), {}};
   if (version_1() && !starts_.prepare())
@@ -190,6 +196,10 @@ BackendOpResult Type1Space::unmap_each(IovaRange range) noexcept {
 }
 
 BackendOpResult Type1Space::unmap_once(IovaRange range) noexcept {
+  if (!compat() && range.last > last_mappable()) {
+    if (range.start > last_mappable()) return {{}, {}};
+    range.last = last_mappable();
+  }
   uapi::Type1DmaUnmap unmap{.iova = range.start.value, .size = range.length().value};
   const std::uint64_t asked = unmap.size;
   const int why = call(kernel_, container_.get(), unmap);
@@ -310,7 +320,9 @@ Result<std::vector<IovaRange>> Type1Space::usable_ranges() {
   const auto info = query_container(kernel_, container_.get());
   if (!info) return info.error();
   // Kernels before 5.4 do not tell; the address space is then what the hardware makes of it.
-  if (!info->usable) return std::vector<IovaRange>{IovaRange::everything()};
+  if (!info->usable) return std::vector<IovaRange>{{Iova{0}, last_mappable()}};
+  const IovaRange past_end{Iova{last_mappable().value + 1}, iova_max};
+  if (!compat()) return whole_granules(without(*info->usable, {&past_end, 1}), facts_.granule);
   return whole_granules(*info->usable, facts_.granule);
 }
 

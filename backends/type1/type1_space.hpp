@@ -63,6 +63,9 @@ class Type1Space final : public BackendSpace {
   bool version_1() const noexcept {
     return facts_.interface == Interface::type1_v1 || facts_.interface == Interface::compat_v1;
   }
+  /// type1 adds start and size of an unmap without looking (before Linux 6.19): with the last granule the sum is 0, and
+  /// the unmap finds nothing.
+  Iova last_mappable() const noexcept { return Iova{iova_max.value - facts_.granule.value}; }
   MemlockAccount account() const noexcept {
     return compat() ? MemlockAccount::user_pinned : MemlockAccount::process_locked;
   }

@@ -1,0 +1,33 @@
+// The machine under test: which kernel the suite talks to, and which devices can bear witness.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backends/backend.hpp"
+#include "backends/kernel.hpp"
+#include "conformance/witness.hpp"
+
+namespace iovane::test {
+
+class Machine {
+ public:
+  virtual ~Machine() = default;
+  virtual backends::Kernel& kernel() = 0;
+  /// PCI addresses of witnesses that can be attached, in different groups where there are several.
+  virtual std::vector<std::string> devices() = 0;
+  virtual std::unique_ptr<Witness> witness(backends::BackendSpace& space, const backends::AttachedDevice& device) = 0;
+};
+
+struct MachineOptions {
+  /// RLIMIT_MEMLOCK, enforced (CAP_IPC_LOCK goes while the machine lives); nothing: as it is, or unlimited.
+  std::optional<Bytes> memlock;
+};
+
+/// With IOVANE_LAB=1 in the environment the running kernel, otherwise the software IOMMU. A machine per test. Null
+/// when the machine cannot be had that way.
+std::unique_ptr<Machine> make_machine(const MachineOptions& options = {});
+
+}  // namespace iovane::test
