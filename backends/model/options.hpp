@@ -33,7 +33,7 @@ struct IommuOptions {
 
 /// One PCI function, bound to vfio-pci unless `driver` says otherwise.
 struct DeviceOptions {
-  std::string address;    ///< "0000:00:03.0"; made up when empty
+  std::string address{};  ///< "0000:00:03.0"; made up when empty
   int group = -1;         ///< -1: a group of its own
   std::size_t iommu = 0;  ///< index into ModelOptions::iommus
   std::string driver = "vfio-pci";
