@@ -84,8 +84,7 @@ class Reference {
       gone += (area.last - start + 1) * k4;
       it = areas_.erase(it);
     }
-    const bool type1 = dialect_ == Dialect::type1_v1 || dialect_ == Dialect::type1_v2;
-    if (gone == 0 && !type1 && call.kind != Call::unmap_all) return {-ENOENT, 0};
+    if (gone == 0 && dialect_ == Dialect::iommufd && call.kind != Call::unmap_all) return {-ENOENT, 0};
     return {0, gone};
   }
   // The memory page that `page` leads to, or -1.

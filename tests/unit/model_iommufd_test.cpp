@@ -621,6 +621,13 @@ TEST_F(Iommufd, InjectedFailuresHitTheNthCallAndDoNothingElse) {
   host->injection().clear();
 }
 
+TEST(ModelKernel, OlderKernelsHaveNoMapFile) {
+  auto host = make_host({.map_file = false});
+  IommufdUser user{*host};
+  fd_api::IoasMapFile c{.flags = 7, .ioas_id = user.ioas(), .fd = 0, .length = k4};
+  EXPECT_EQ(user.call(c), -ENOTTY);
+}
+
 TEST(ModelKernel, ListsItsDevicesAsAHostWould) {
   auto host = make_host({.devices = {DeviceOptions{}, DeviceOptions{.driver = "nvme", .numa_node = 1}}});
   const auto devices = host->pci_devices();

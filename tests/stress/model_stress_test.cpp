@@ -6,16 +6,57 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <mutex>
 #include <random>
 #include <thread>
 
-#include "model_support.hpp"
+#include "unit/model_support.hpp"
 
 namespace iovane::backends::model {
 namespace {
 
 constexpr std::uint64_t k4 = 4096;
 constexpr auto duration = std::chrono::milliseconds{1000};
+
+// A device writes all the time while its pages are mapped and unmapped. After an unmap returned, no byte of the page
+// changes any more: the owner writes its own values there without a lock, which TSan would report otherwise.
+class FinalUnmap : public ::testing::TestWithParam<unsigned> {};
+
+TEST_P(FinalUnmap, NothingMovesAfterAnUnmapReturned) {
+  const IommuOptions iommu{.iotlb_entries = GetParam()};
+  SimulatedDevice device{{.address = "0000:00:03.0"}, iommu};
+  Domain domain{iommu};
+  domain.join(device);
+  constexpr std::uint64_t pages = 8;
+  TestMemory memory{pages * k4};
+  std::atomic<bool> stop{false};
+  std::atomic<std::uint64_t> moved{0};
+  std::thread dma{[&] {
+    const std::vector<std::byte> bytes(256, std::byte{0xdd});
+    for (std::uint64_t at = 0; !stop.load(std::memory_order_relaxed); ++at) {  // relaxed: only ends the test
+      // relaxed: a count
+      if (device.dma_write(Iova{at % pages * k4 + 128}, bytes).ok()) moved.fetch_add(1, std::memory_order_relaxed);
+    }
+  }};
+  const auto until = std::chrono::steady_clock::now() + duration;
+  // relaxed: a count
+  for (std::uint64_t round = 0; std::chrono::steady_clock::now() < until || moved.load(std::memory_order_relaxed) < 100;
+       ++round) {
+    const IovaRange page{Iova{round % pages * k4}, Iova{round % pages * k4 + k4 - 1}};
+    std::byte* const own = memory.data() + page.start.value;
+    ASSERT_EQ(domain.map(page, own, Access::read_write, true), 0);
+    if (round % 3 == 0) std::this_thread::yield();
+    ASSERT_EQ(domain.unmap(page), static_cast<std::int64_t>(k4));
+    std::memset(own, 0, k4);
+    for (std::uint64_t i = 0; i < k4; i += 64) ASSERT_EQ(own[i], std::byte{0}) << "written after the unmap returned";
+  }
+  stop.store(true, std::memory_order_relaxed);  // relaxed: only ends the test
+  dma.join();
+  EXPECT_GT(device.fault_count(), 0U);
+  domain.leave(device);
+}
+
+INSTANTIATE_TEST_SUITE_P(IotlbEntries, FinalUnmap, ::testing::Values(0U, 4U, 64U));
 
 // Devices sweep over the whole space; what they hit or miss is not our business, only that no byte moves after an
 // unmap returned (its owner then writes the page itself, which TSan would report) and that nothing is lost.
