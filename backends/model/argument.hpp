@@ -58,8 +58,10 @@ class IommufdArgument {
 template <typename Structure>
 int read_vfio(std::uint64_t address, std::size_t minimum, Structure& out) noexcept {
   if (address == 0) return -EFAULT;
+  std::memcpy(&out.argsz, bytes_at(address), sizeof out.argsz);
+  if (out.argsz < minimum) return -EINVAL;
   std::memcpy(static_cast<void*>(&out), bytes_at(address), minimum);
-  return out.argsz < minimum ? -EINVAL : 0;
+  return 0;
 }
 template <typename Structure>
 void write_vfio(std::uint64_t address, const Structure& structure, std::size_t bytes) noexcept {

@@ -234,8 +234,8 @@ int Ioas::map_memory(std::uint32_t id, MapPlace& where, std::uint64_t address, s
                      Ledger ledger) noexcept {
   const std::lock_guard lock{mutex_};
   if (id_ != id) return -ENOENT;
-  if (!base::checked_add(address, length)) return -EOVERFLOW;
   if (length == 0 || length > iova_limit - os_page_bytes) return -EINVAL;
+  if (!base::checked_add(address, length)) return -EOVERFLOW;
   Pages* pages = new_pages();
   if (pages == nullptr) return -ENOMEM;
   pages->name_memory(address, length, may_write(access), ledger);
@@ -246,8 +246,8 @@ int Ioas::map_file(std::uint32_t id, MapPlace& where, base::UniqueFd fd, std::ui
                    Access access, Ledger ledger) noexcept {
   const std::lock_guard lock{mutex_};
   if (id_ != id) return -ENOENT;
-  if (!base::checked_add(start, length)) return -EOVERFLOW;
   if (length == 0 || length > iova_limit - os_page_bytes) return -EINVAL;
+  if (!base::checked_add(start, length)) return -EOVERFLOW;
   Pages* pages = new_pages();
   if (pages == nullptr) return -ENOMEM;
   pages->name_file(std::move(fd), start, length, may_write(access), ledger);
@@ -319,7 +319,7 @@ int Ioas::unmap_range(IovaRange range, std::uint64_t& unmapped) noexcept {
     remove(p);
     unmapped += area.span() + 1;
   }
-  return unmapped > 0 ? 0 : -ENOENT;
+  return 0;
 }
 
 int Ioas::unmap(std::uint32_t id, std::uint64_t iova, std::uint64_t length, std::uint64_t& unmapped) noexcept {
@@ -333,8 +333,7 @@ int Ioas::unmap(std::uint32_t id, std::uint64_t iova, std::uint64_t length, std:
 int Ioas::unmap_all(std::uint32_t id, std::uint64_t& unmapped) noexcept {
   const std::lock_guard lock{mutex_};
   if (id_ != id) return -ENOENT;
-  const int rc = unmap_range(IovaRange::everything(), unmapped);
-  return rc == -ENOENT ? 0 : rc;
+  return unmap_range(IovaRange::everything(), unmapped);
 }
 
 // ---- control plane ----

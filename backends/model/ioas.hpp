@@ -57,6 +57,8 @@ class Ioas {
   int map_slices(std::uint32_t id, MapPlace& place, std::span<const PagesSlice> slices, std::uint64_t length,
                  Access access) noexcept;
   void drop_slices(std::span<const PagesSlice> slices) noexcept;
+  /// Success with 0 bytes when nothing lies in the range: IOAS_UNMAP makes ENOENT of it, the compatibility call does
+  /// not.
   int unmap(std::uint32_t id, std::uint64_t iova, std::uint64_t length, std::uint64_t& unmapped) noexcept;
   int unmap_all(std::uint32_t id, std::uint64_t& unmapped) noexcept;
 

@@ -192,6 +192,7 @@ long IommufdFile::map(std::uint64_t argument) noexcept {
 }
 
 long IommufdFile::map_file(std::uint64_t argument) noexcept {
+  if (!host_.options.map_file) return -ENOTTY;
   IommufdArgument<uapi_fd::IoasMapFile> a;
   if (const int rc = a.read(argument, IOVANE_UP_TO(uapi_fd::IoasMapFile, iova), a); rc != 0) return rc;
   uapi_fd::IoasMapFile& c = a.command;
@@ -253,6 +254,7 @@ long IommufdFile::unmap(std::uint64_t argument) noexcept {
     rc = -EOVERFLOW;
   } else {
     rc = ioas->unmap(c.ioas_id, c.iova, c.length, unmapped);
+    if (rc == 0 && unmapped == 0) rc = -ENOENT;
   }
   if (rc != 0) return rc;
   c.length = unmapped;
@@ -384,7 +386,12 @@ long IommufdFile::vfio_ioas(std::uint64_t argument) noexcept {
   }
 }
 
-long IommufdFile::compat_ioas() noexcept {
+long IommufdFile::compat_ioas() const noexcept {
+  const std::uint32_t known = compat_id_.load(std::memory_order_relaxed);  // relaxed: readers look the id up
+  return known != 0 ? static_cast<long>(known) : -ENODEV;
+}
+
+long IommufdFile::make_compat_ioas() noexcept {
   const std::lock_guard lock{mutex_};
   // relaxed: written under the mutex.
   const std::uint32_t known = compat_id_.load(std::memory_order_relaxed);

@@ -36,8 +36,9 @@ class IommufdFile final : public File {
   /// Attaches, or moves when attached already. `pt_id`: in an IOAS or HWPT, out the HWPT.
   int attach(std::uint32_t device_id, std::uint32_t& pt_id) noexcept;
   void detach(std::uint32_t device_id) noexcept;
-  /// The IOAS of the compatibility interface, made when there is none. Its id or -errno.
-  long compat_ioas() noexcept;
+  /// The IOAS of the compatibility interface: its id or -ENODEV; or made when there is none.
+  long compat_ioas() const noexcept;
+  long make_compat_ioas() noexcept;
 
   /// Totals over all IOASes, for leak checks.
   void add_usage(SpaceUsage& usage, std::size_t& areas, std::size_t& objects) const;

@@ -214,12 +214,11 @@ long IommufdFile::hwpt_alloc(std::uint64_t argument) noexcept {
   uapi_fd::HwptAlloc& c = a.command;
   if (c.reserved != 0) return -EOPNOTSUPP;
   if ((c.data_type == uapi_fd::hwpt_data_none) != (c.data_len == 0)) return -EINVAL;
-  if ((c.flags & uapi_fd::hwpt_fault_id_valid) != 0 && (c.flags & uapi_fd::hwpt_alloc_nest_parent) != 0) return -EINVAL;
   const std::lock_guard lock{mutex_};
   BoundDevice* device = find<BoundDevice>(c.dev_id);
   if (device == nullptr) return -ENOENT;
   IoasObject* ioas = find<IoasObject>(c.pt_id);
-  if (ioas == nullptr) return -EINVAL;
+  if (ioas == nullptr) return find<Hwpt>(c.pt_id) != nullptr && c.data_len == 0 ? -EOPNOTSUPP : -EINVAL;
   // Plain tables only: this unit neither nests nor reports recoverable faults.
   if ((c.flags & ~uapi_fd::hwpt_alloc_dirty_tracking) != 0 || c.data_len != 0) return -EOPNOTSUPP;
   const bool dirty = (c.flags & uapi_fd::hwpt_alloc_dirty_tracking) != 0;
@@ -262,7 +261,7 @@ long IommufdFile::set_dirty_tracking(std::uint64_t argument) noexcept {
   IommufdArgument<uapi_fd::HwptSetDirtyTracking> a;
   if (const int rc = a.read(argument, IOVANE_UP_TO(uapi_fd::HwptSetDirtyTracking, reserved), a); rc != 0) return rc;
   const uapi_fd::HwptSetDirtyTracking& c = a.command;
-  if ((c.flags & ~uapi_fd::hwpt_dirty_tracking_enable) != 0 || c.reserved != 0) return -EOPNOTSUPP;
+  if ((c.flags & ~uapi_fd::hwpt_dirty_tracking_enable) != 0) return -EOPNOTSUPP;
   const std::lock_guard lock{mutex_};
   Hwpt* hwpt = find<Hwpt>(c.hwpt_id);
   if (hwpt == nullptr) return -ENOENT;
@@ -280,7 +279,6 @@ long IommufdFile::get_dirty_bitmap(std::uint64_t argument) noexcept {
   const std::lock_guard lock{mutex_};
   Hwpt* hwpt = find<Hwpt>(c.hwpt_id);
   if (hwpt == nullptr) return -ENOENT;
-  if (!hwpt->dirty_enforced) return -EOPNOTSUPP;
   const auto range = IovaRange::from_length(Iova{c.iova}, Bytes{c.length});
   if (!range) return c.length == 0 ? -EINVAL : -EOVERFLOW;
   const std::uint64_t behind = range->last.value + 1;
@@ -288,6 +286,7 @@ long IommufdFile::get_dirty_bitmap(std::uint64_t argument) noexcept {
   if (!base::is_aligned(c.iova | behind, os_page_bytes) || !base::is_aligned(c.iova | behind, c.page_size)) {
     return -EINVAL;
   }
+  if (!hwpt->dirty_enforced) return -EOPNOTSUPP;
   if (c.data == 0) return -EFAULT;
   Ioas& ioas = hwpt->ioas.ioas;
   const std::lock_guard owner{ioas.mutex()};

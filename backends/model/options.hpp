@@ -33,7 +33,7 @@ struct IommuOptions {
 
 /// One PCI function, bound to vfio-pci unless `driver` says otherwise.
 struct DeviceOptions {
-  std::string address;    ///< "0000:00:03.0"; made up when empty
+  std::string address{};  ///< "0000:00:03.0"; made up when empty
   int group = -1;         ///< -1: a group of its own
   std::size_t iommu = 0;  ///< index into ModelOptions::iommus
   std::string driver = "vfio-pci";
@@ -65,6 +65,7 @@ struct ModelOptions {
   bool sys_resource = true;               ///< CAP_SYS_RESOURCE, which setting the RLIMIT_MODE option needs
   bool iommufd = true;                    ///< false: no /dev/iommu and no device cdevs
   bool type1 = true;                      ///< false: no /dev/vfio/vfio and no groups
+  bool map_file = true;                   ///< IOAS_MAP_FILE is there: Linux 6.13 and later; ENOTTY before
   std::uint32_t dma_entry_limit = 65535;  ///< type1's module parameter
   std::size_t descriptors_max = 4096;     ///< EMFILE beyond
 };

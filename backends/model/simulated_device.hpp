@@ -7,7 +7,7 @@
 //   an unmap one load. See domain.hpp for the ordering argument.
 // The moved bytes are the caller's: whoever reads memory that a device writes must order that himself, as with real
 //   hardware. Memory must stay mapped in the process while it is mapped for a device.
-// Proven by tests/unit/model_device_test.cpp (TSan included).
+// Proven by tests/unit/model_device_test.cpp, tests/stress/model_stress_test.cpp (under TSan).
 #pragma once
 
 #include <atomic>

@@ -348,6 +348,8 @@ int ContainerFile::unmap_locked(const vfio::Type1DmaUnmap& c, const vfio::Bitmap
   if (!all && (c.size == 0 || !base::is_aligned(c.size, os_page_bytes))) return -EINVAL;
   const auto wanted = all ? IovaRange::everything() : IovaRange::from_length(Iova{c.iova}, Bytes{c.size});
   if (!wanted) return -EINVAL;
+  // A range that ends with the last address wraps to nothing in the kernel's arithmetic: success, and nothing removed.
+  if (!all && wanted->last == iova_max) return 0;
   if (bitmap != nullptr && (!dirty_tracking_ || bitmap->pgsize != os_page_bytes)) return -EINVAL;
 
   if (driver_ == Driver::v2 && !all) {

@@ -96,14 +96,14 @@ long GroupFile::set_container(std::uint64_t argument) noexcept {
   if (argument == 0) return -EFAULT;
   int fd = -1;
   std::memcpy(&fd, bytes_at(argument), sizeof fd);
-  if (fd < 0 || container_ != nullptr || iommufd_ != nullptr) return -EINVAL;
   File* file = host_.files.find(fd);
   if (file == nullptr) return -EBADF;
+  if (container_ != nullptr || iommufd_ != nullptr) return -EINVAL;
   if (auto* container = dynamic_cast<ContainerFile*>(file); container != nullptr) {
     if (const int rc = container->attach(*group_); rc != 0) return rc;
     container_ = container;
   } else if (auto* iommufd = dynamic_cast<IommufdFile*>(file); iommufd != nullptr) {
-    if (const long id = iommufd->compat_ioas(); id < 0) return id;
+    if (const long id = iommufd->make_compat_ioas(); id < 0) return id;
     iommufd_ = iommufd;
   } else {
     return -EBADFD;

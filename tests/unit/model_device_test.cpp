@@ -2,10 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <cstring>
-#include <mutex>
-#include <thread>
 
 #include "backends/model/domain.hpp"
 #include "model_support.hpp"
@@ -159,44 +156,6 @@ TEST_F(DeviceInDomain, DirtyTrackingSeesEveryWriteOnce) {
   domain.read_dirty(IovaRange::everything(), true, record);
   EXPECT_EQ(dirty, std::vector{span(0x1000, 4096)});
 }
-
-// A device writes all the time while its pages are mapped and unmapped. After an unmap returned, no byte of the page
-// changes any more: the owner writes its own values there without a lock, which TSan would report otherwise.
-template <typename Fixture>
-void unmap_is_final(SimulatedDevice& device, Domain& domain) {
-  constexpr std::uint64_t pages = 8;
-  TestMemory memory{pages * 4096};
-  std::mutex space;  // as the owner of a domain has
-  std::atomic<bool> stop{false};
-  std::atomic<std::uint64_t> moved{0};
-  std::thread dma{[&] {
-    const std::vector<std::byte> bytes(256, std::byte{0xdd});
-    std::uint64_t at = 0;
-    while (!stop.load(std::memory_order_relaxed)) {  // relaxed: only ends the test
-      if (device.dma_write(Iova{(at++ % pages) * 4096 + 128}, bytes).ok()) {
-        moved.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count
-      }
-    }
-  }};
-  std::uint64_t rounds = 0;
-  const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds{1500};
-  while (std::chrono::steady_clock::now() < until || moved.load(std::memory_order_relaxed) < 100) {
-    const std::uint64_t page = rounds++ % pages;
-    const std::lock_guard lock{space};
-    ASSERT_EQ(domain.map(span(page * 4096, 4096), memory.data() + page * 4096, Access::read_write, true), 0);
-    if (rounds % 3 == 0) std::this_thread::yield();
-    ASSERT_EQ(domain.unmap(span(page * 4096, 4096)), 4096);
-    std::byte* own = memory.data() + page * 4096;
-    std::memset(own, 0, 4096);
-    for (int i = 0; i < 4096; i += 64) ASSERT_EQ(own[i], std::byte{0}) << "written after the unmap returned";
-  }
-  stop.store(true, std::memory_order_relaxed);  // relaxed: only ends the test
-  dma.join();
-  EXPECT_GT(device.fault_count(), 0U);
-}
-
-TEST_F(DeviceInDomain, NothingMovesAfterAnUnmapReturned) { unmap_is_final<DeviceInDomain>(device, domain); }
-TEST_F(DeviceWithoutIotlb, NothingMovesAfterAnUnmapReturned) { unmap_is_final<DeviceWithoutIotlb>(device, domain); }
 
 }  // namespace
 }  // namespace iovane::backends::model

@@ -142,13 +142,13 @@ class CdevUser {
   long bind(int iommufd) {
     vfio_api::DeviceBindIommufd c{.iommufd = iommufd};
     const long rc = kernel.ioctl(fd, c.request, &c);
-    id = c.out_devid;
+    if (rc == 0) id = c.out_devid;
     return rc;
   }
   long attach(std::uint32_t pt_id) {
     vfio_api::DeviceAttachIommufdPt c{.pt_id = pt_id};
     const long rc = kernel.ioctl(fd, c.request, &c);
-    hwpt = c.pt_id;
+    if (rc == 0) hwpt = c.pt_id;
     return rc;
   }
   long detach() {
