@@ -9,42 +9,29 @@ Answer AllocatorCore::allocate(const AllocateRequest& request) noexcept {
   ThreadCache* const me = my_cache();
   if (me == nullptr) [[unlikely]]
     return {Outcome::too_many_threads};
-  if (request.length <= direct_magazines && request.last_max == map_.last() &&
-      request.align_log2 <= natural_alignment(request.length)) [[likely]] {
-    // relaxed: only the owner writes the place.
-    Magazine* const magazine = me->magazines[request.length - 1].load(std::memory_order_relaxed);
-    if (magazine != nullptr && magazine->count > 0) [[likely]] {
-      const Answer answer = pop(*me, *magazine);
-      if (answer.outcome == Outcome::done) [[likely]]
-        return answer;
-    }
-  }
   return allocate_slow(*me, request);
 }
 
-// Hands out the top entry, or says `contended` when the incarnation was closed.
-Answer AllocatorCore::pop(ThreadCache& me, Magazine& magazine) noexcept {
-  const MagazineEntry entry = magazine.entries[magazine.count - 1];
+// Hands out the top entry; nothing when the incarnation was closed. IntervalAllocator::allocate() has the same steps.
+std::optional<Unit> AllocatorCore::pop(ThreadCache& me, Magazine& magazine) noexcept {
+  const std::uint32_t n = magazine.size();
+  const MagazineEntry entry = magazine.entries[n - 1];
   base::yield_point("pop.announce");
-  base::announce(me.busy, entry.slot.raw);
+  base::announce(me.busy, entry.word);
   base::yield_point("pop.check");
   // R.state - seq_cst: the owner's load of the handshake (thread_cache.hpp, I1).
   const std::uint64_t state = me.state.load(std::memory_order_seq_cst);
-  if (state != magazine.incarnation.raw) [[unlikely]] {
-    // W.idle - release, pairs with R.busy.
-    me.busy.store(0, std::memory_order_release);
-    return {Outcome::contended};
+  if (state == magazine.incarnation.raw) {
+    base::yield_point("pop.live");
+    // W.slot - release: linearization of an allocation by magazine.
+    entry.word->store(me.live_word.raw, std::memory_order_release);
+    magazine.resize(n - 1);
   }
-  base::yield_point("pop.live");
-  // W.slot - release: linearization of an allocation by magazine.
-  entry.slot.word().store(me.live_word.raw, std::memory_order_release);
   base::yield_point("pop.idle");
   // W.idle - release, pairs with R.busy: who finds the announcement gone finds the slot live.
-  me.busy.store(0, std::memory_order_release);
-  --magazine.count;
-  bump(magazine.net_live, std::int64_t{1});
-  // relaxed: the magazine's length is the owner's.
-  return {Outcome::done, {entry.first, entry.first + magazine.length.load(std::memory_order_relaxed) - 1}};
+  me.busy.store(nullptr, std::memory_order_release);
+  if (state != magazine.incarnation.raw) return std::nullopt;
+  return entry.start() >> granule_log2_;
 }
 
 // By way of the magazine of the request's class. Nothing when neither it nor a new run has room.
@@ -63,11 +50,10 @@ std::optional<Answer> AllocatorCore::try_allocate(ThreadCache& me, const Allocat
   if (magazine == nullptr) return std::nullopt;
   // Repeats only when another thread closed this incarnation in between, to use what it held.
   for (;;) {
-    if (magazine->count == 0 && !refill(me, *magazine, last_max)) return std::nullopt;
-    const Answer answer = pop(me, *magazine);
-    if (answer.outcome == Outcome::done) {
-      if (!magazines_ && magazine->count > 0) flush(me, *magazine, magazine->count);
-      return answer;
+    if (magazine->size() == 0 && !refill(me, *magazine, last_max)) return std::nullopt;
+    if (const auto start = pop(me, *magazine)) {
+      if (!magazines_ && magazine->size() > 0) flush(me, *magazine, magazine->size());
+      return Answer{Outcome::done, {*start, *start + request.length - 1}};
     }
     revalidate(me, *magazine);
   }

@@ -23,7 +23,8 @@ std::unique_ptr<std::atomic<T>[]> zeroed(std::size_t n) {
 
 AllocatorCore::AllocatorCore(const CoreConfig& config, MetadataArena arena, MetadataArena versions) noexcept
     : arena_{std::move(arena)},
-      map_{arena_, std::move(versions), *this, config.last},
+      map_{arena_, std::move(versions), *this, ~std::uint64_t{0} >> config.granule_log2},
+      granule_log2_{config.granule_log2},
       direction_{config.direction},
       magazines_{config.magazines} {}
 
@@ -41,11 +42,13 @@ Result<std::unique_ptr<AllocatorCore>> AllocatorCore::create(const CoreConfig& c
                       config.metadata_limit_bytes);
   };
   if (core == nullptr) return short_of_memory();
-  core->hints_ = zeroed<ObjectId>(std::size_t{1} << hint_bits);
+  core->hints_.reset(new (std::nothrow) HintEntry[std::size_t{1} << HintTable::bits]());
+  core->blocks_ = zeroed<ObjectId>(std::size_t{1} << block_bits);
   core->classes_ = zeroed<ObjectId>(class_table_entries);
   core->parked_ = zeroed<std::uint64_t>(parked_entries);
   core->caches_ = zeroed<ThreadCache*>(threads_max);
-  if (core->hints_ == nullptr || core->classes_ == nullptr || core->parked_ == nullptr || core->caches_ == nullptr)
+  if (core->hints_ == nullptr || core->blocks_ == nullptr || core->classes_ == nullptr || core->parked_ == nullptr ||
+      core->caches_ == nullptr)
     return short_of_memory();
   Participant founder;
   if (!core->map_.start(founder)) return short_of_memory();
@@ -54,6 +57,8 @@ Result<std::unique_ptr<AllocatorCore>> AllocatorCore::create(const CoreConfig& c
     return base::fail(Errc::limit_reached, Stage::open, 0, "no pthread key is left to notice the exit of threads");
   return core;
 }
+
+constinit Magazine no_magazine{};
 
 AllocatorCore::~AllocatorCore() {
   if (id_ != 0) unregister_allocator(id_);
@@ -96,6 +101,8 @@ ThreadCache* AllocatorCore::take_cache() noexcept {
   auto* cache = new (arena_.at<void>(id)) ThreadCache{};
   cache->index = index;
   cache->unbiased_frees_next = unbiased_frees_first;
+  // relaxed: published below.
+  for (auto& place : cache->magazines) place.store(&no_magazine, std::memory_order_relaxed);
   // relaxed: published below.
   cache->owned.store(1, std::memory_order_relaxed);
   reopen(*cache);
@@ -142,6 +149,17 @@ void AllocatorCore::for_each_era(void (*see)(void*, std::uint64_t), void* contex
     // R.era - seq_cst: the handshake's last part, after the heavy barrier.
     if (cache != nullptr) see(context, cache->era.load(std::memory_order_seq_cst));
   }
+}
+
+// Teaches free() and find() where an interval's run is.
+void AllocatorCore::note_start(Run& run, Unit run_first, std::uint64_t length, unsigned slots, Unit start) noexcept {
+  const unsigned fine = floor_log2(length) + granule_log2_;
+  const unsigned shift = slots > run_few_slots ? std::min(fine + HintTable::coarse_log2, 63U) : fine;
+  HintEntry& entry = hints_[HintTable::index(bytes_of(start), shift)];
+  // relaxed: hints; a pair of two runs is found out by the run's own fields.
+  entry.first.store(bytes_of(run_first), std::memory_order_relaxed);
+  entry.run.store(&run, std::memory_order_relaxed);
+  note_block(start, arena_.id_of(&run));
 }
 
 ObjectId AllocatorCore::class_of(LengthKey key) noexcept {

@@ -39,7 +39,7 @@
 namespace iovane::iova {
 
 struct CoreConfig {
-  Unit last;  ///< of the whole space
+  unsigned granule_log2;
   Direction direction;
   std::uint64_t metadata_limit_bytes;
   bool magazines;
@@ -86,7 +86,11 @@ class AllocatorCore final : private Roster {
   static Result<std::unique_ptr<AllocatorCore>> create(const CoreConfig& config);
   ~AllocatorCore();
 
+  std::uint64_t id() const noexcept { return id_; }
   Answer allocate(const AllocateRequest& request) noexcept;
+  /// The fast half of free(): a biased interval of this thread goes into its magazine. False: nothing happened, ask
+  /// free(). Takes any two addresses.
+  bool free_fast(std::uint64_t start, std::uint64_t last) noexcept;
   Answer free(UnitRange range) noexcept;
   Answer claim(UnitRange range) noexcept;
   std::optional<UnitRange> find(Unit unit) noexcept;
@@ -121,21 +125,23 @@ class AllocatorCore final : private Roster {
   ObjectId class_of(LengthKey key) noexcept;
   LengthClass* class_at(ObjectId id) const noexcept { return arena_.at<LengthClass>(id); }
 
-  // The lookup cache: unit / 64 -> a run that may hold it.
-  static constexpr unsigned hint_bits = 18;
-  static constexpr std::size_t hint_index(Unit unit) noexcept {
+  // find()'s lookup cache: unit / 64 -> a run that may hold it.
+  static constexpr unsigned block_bits = 18;
+  static constexpr std::size_t block_index(Unit unit) noexcept {
     const std::uint64_t block = unit >> 6;
-    return static_cast<std::size_t>((block ^ (block >> 9) ^ (block >> 20)) & ((std::uint64_t{1} << hint_bits) - 1));
+    return static_cast<std::size_t>((block ^ (block >> 9) ^ (block >> 20)) & ((std::uint64_t{1} << block_bits) - 1));
   }
-  Run* hinted(Unit unit) const noexcept {
+  Run* run_of_block(Unit unit) const noexcept {
     // relaxed: a hint; the run is checked.
-    const ObjectId id = hints_[hint_index(unit)].load(std::memory_order_relaxed);
+    const ObjectId id = blocks_[block_index(unit)].load(std::memory_order_relaxed);
     return id == 0 ? nullptr : arena_.at<Run>(id);
   }
-  void hint(Unit unit, ObjectId run) noexcept {
+  void note_block(Unit unit, ObjectId run) noexcept {
     // relaxed: as above.
-    hints_[hint_index(unit)].store(run, std::memory_order_relaxed);
+    blocks_[block_index(unit)].store(run, std::memory_order_relaxed);
   }
+  void note_start(Run& run, Unit run_first, std::uint64_t length, unsigned slots, Unit start) noexcept;
+  std::uint64_t bytes_of(Unit unit) const noexcept { return unit << granule_log2_; }
 
   // runs.cpp
   struct RunPlan {
@@ -163,13 +169,18 @@ class AllocatorCore final : private Roster {
   void settle(ThreadCache& me, Run& run) noexcept;
   void bury(ThreadCache& me, Run& run) noexcept;
   enum class Eviction { gone, live, contended };
-  Eviction evict(ThreadCache& me, SlotRef slot) noexcept;
-  bool close_incarnation(ThreadCache& me, Incarnation owner, SlotRef slot, bool to_free) noexcept;
+  Eviction evict(ThreadCache& me, SlotWordPtr word) noexcept;
+  bool close_incarnation(ThreadCache& me, Incarnation owner, SlotWordPtr word, bool to_free) noexcept;
 
   // magazines.cpp
   Magazine* magazine_for(ThreadCache& me, LengthKey key, ObjectId class_id) noexcept;
   void revalidate(ThreadCache& me, Magazine& magazine) noexcept;
   bool refill(ThreadCache& me, Magazine& magazine, Unit last_max) noexcept;
+  static void push(Magazine& magazine, const MagazineEntry& entry) noexcept {
+    const std::uint32_t n = magazine.size();
+    magazine.entries[n] = entry;
+    magazine.resize(n + 1);
+  }
   bool take_from_shelf(ThreadCache& me, Magazine& magazine, unsigned want) noexcept;
   void flush(ThreadCache& me, Magazine& magazine, unsigned count) noexcept;
   void put_back(ThreadCache& me, std::span<const MagazineEntry> entries, Incarnation owner) noexcept;
@@ -181,10 +192,11 @@ class AllocatorCore final : private Roster {
   Answer allocate_slow(ThreadCache& me, const AllocateRequest& request) noexcept;
   Answer allocate_irregular(ThreadCache& me, const AllocateRequest& request) noexcept;
   std::optional<Answer> try_allocate(ThreadCache& me, const AllocateRequest& request) noexcept;
-  Answer pop(ThreadCache& me, Magazine& magazine) noexcept;
+  std::optional<Unit> pop(ThreadCache& me, Magazine& magazine) noexcept;
+  Run* hinted_run(std::uint64_t start, std::uint64_t length) const noexcept;
   Answer free_slow(ThreadCache& me, UnitRange range) noexcept;
-  bool close_incarnation_unless_mine(ThreadCache& me, Incarnation owner, SlotRef slot) noexcept;
-  void stow(ThreadCache& me, const MagazineEntry& entry, Incarnation owner) noexcept;
+  bool close_unless_mine(ThreadCache& me, Incarnation owner, SlotWordPtr word) noexcept;
+  void stow(ThreadCache& me, ObjectId class_id, const MagazineEntry& entry, Incarnation owner) noexcept;
   void park(ThreadCache& me, Run& run) noexcept;
   Answer claim_once(ThreadCache& me, UnitRange range, bool& again) noexcept;
   void reclaim_idle(ThreadCache& me) noexcept;
@@ -196,9 +208,11 @@ class AllocatorCore final : private Roster {
   MetadataArena arena_;
   ExtentMap map_;
   std::uint64_t id_ = 0;
+  unsigned granule_log2_;
   Direction direction_;
   bool magazines_;
-  std::unique_ptr<std::atomic<ObjectId>[]> hints_;
+  std::unique_ptr<HintEntry[]> hints_;
+  std::unique_ptr<std::atomic<ObjectId>[]> blocks_;
   std::unique_ptr<std::atomic<ObjectId>[]> classes_;      ///< open addressing by key
   std::unique_ptr<std::atomic<std::uint64_t>[]> parked_;  ///< generation << 32 | run
   std::unique_ptr<std::atomic<ThreadCache*>[]> caches_;

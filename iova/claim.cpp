@@ -58,7 +58,7 @@ Answer AllocatorCore::claim_once(ThreadCache& me, UnitRange range, bool& again) 
             // A.slot - acq_rel: linearization of a claim that equals a free slot.
             if (run.slot(i).compare_exchange_strong(seen, SlotWord::of(SlotState::live).raw, std::memory_order_acq_rel,
                                                     std::memory_order_acquire)) {
-              hint(range.first, there.value.run_id());
+              note_start(run, shape.first, shape.length, shape.slots(), range.first);
               return claimed();
             }
           }
@@ -80,7 +80,7 @@ Answer AllocatorCore::claim_once(ThreadCache& me, UnitRange range, bool& again) 
           const RunShape shape = RunShape::load(run);
           const unsigned last_index = shape.slot_of(common.last);
           for (unsigned i = shape.slot_of(common.first); i <= last_index; ++i) {
-            const Eviction result = evict(me, SlotRef::of(run, i));
+            const Eviction result = evict(me, &run.slot(i));
             if (result == Eviction::live) return {Outcome::live, shape.slot_range(i)};
             if (result == Eviction::contended) return {Outcome::contended, shape.slot_range(i)};
           }
@@ -97,12 +97,7 @@ Answer AllocatorCore::claim_once(ThreadCache& me, UnitRange range, bool& again) 
     const std::uint64_t before = map_.current_version();
     settle(me, *blocking);
     // Nothing changed: the map could not be told for want of memory.
-    if (map_.current_version() == before) {
-      again = false;
-      MapSection section{map_, me};
-      if (section.tree().find(range.first).value.is_free() || section.version() != before) again = true;
-      return {Outcome::no_memory, range};
-    }
+    if (map_.current_version() == before) return {Outcome::no_memory, range};
     again = true;
     return {};
   }
@@ -129,7 +124,7 @@ Answer AllocatorCore::claim_once(ThreadCache& me, UnitRange range, bool& again) 
     return {};
   }
   if (made.outcome != Outcome::done) return {made.outcome, range};
-  hint(range.first, arena_.id_of(made.run));
+  note_start(*made.run, made.first, plan.length, plan.slots, range.first);
   return claimed();
 }
 
@@ -151,7 +146,7 @@ void AllocatorCore::reclaim_idle(ThreadCache& me) noexcept {
         run = arena_.at<Run>(there.value.run_id());
         const RunShape shape = RunShape::load(*run);
         const unsigned last_index = shape.slot_of(there.range.last);
-        for (unsigned i = shape.slot_of(there.range.first); i <= last_index; ++i) evict(me, SlotRef::of(*run, i));
+        for (unsigned i = shape.slot_of(there.range.first); i <= last_index; ++i) evict(me, &run->slot(i));
       }
     }
     if (run != nullptr) settle(me, *run);

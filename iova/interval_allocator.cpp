@@ -75,7 +75,7 @@ Error no_thread_cache() noexcept {
 static_assert(usable_windows_max == WindowList::capacity);
 
 IntervalAllocator::IntervalAllocator(std::unique_ptr<AllocatorCore> core, unsigned granule_log2) noexcept
-    : core_{std::move(core)}, granule_log2_{granule_log2} {}
+    : core_{std::move(core)}, id_{core_->id()}, granule_log2_{granule_log2} {}
 
 IntervalAllocator::~IntervalAllocator() = default;
 
@@ -85,7 +85,7 @@ Result<std::unique_ptr<IntervalAllocator>> IntervalAllocator::create(const Inter
                       "granule of {} bytes; expected a power of two, at least {}", config.granule.value,
                       granule_min.value);
   const unsigned granule_log2 = floor_log2(config.granule.value);
-  auto core = AllocatorCore::create({.last = all_ones >> granule_log2,
+  auto core = AllocatorCore::create({.granule_log2 = granule_log2,
                                      .direction = config.direction,
                                      .metadata_limit_bytes = config.metadata_limit.value,
                                      .magazines = config.magazines});
@@ -95,7 +95,7 @@ Result<std::unique_ptr<IntervalAllocator>> IntervalAllocator::create(const Inter
   return allocator;
 }
 
-Result<IovaRange> IntervalAllocator::allocate(Bytes length, const AllocateOptions& options) noexcept {
+Result<IovaRange> IntervalAllocator::allocate_slow(Bytes length, const AllocateOptions& options) noexcept {
   const std::uint64_t mask = (std::uint64_t{1} << granule_log2_) - 1;
   const std::uint64_t align = options.align.value;
   if (length.value == 0 || (length.value & mask) != 0) [[unlikely]]
@@ -145,6 +145,12 @@ Result<IovaRange> IntervalAllocator::allocate_contiguous(std::span<const Bytes> 
 }
 
 Result<void> IntervalAllocator::free(IovaRange range) noexcept {
+  if (core_->free_fast(range.start.value, range.last.value)) [[likely]]
+    return {};
+  return free_slow(range);
+}
+
+Result<void> IntervalAllocator::free_slow(IovaRange range) noexcept {
   const auto units = to_units(range, granule_log2_);
   if (!units) [[unlikely]]
     return base::fail(Errc::invalid_argument, Stage::release, 0,

@@ -34,16 +34,18 @@ struct LengthKey {
   constexpr bool operator==(const LengthKey&) const noexcept = default;
 };
 
-/// Magazines of a thread cache: short lengths without further wishes have their own place, the others share by hash.
-inline constexpr unsigned direct_magazines = 128;
-inline constexpr unsigned magazine_places = 256;
+/// Places for magazines in a thread cache. By Fibonacci hashing (Knuth, TAOCP 6.4) the lengths 1 to 262 have places
+/// of their own: multiples of the golden ratio keep away from each other.
+inline constexpr unsigned magazine_place_bits = 9;
+inline constexpr unsigned magazine_places = 1U << magazine_place_bits;
 
-constexpr unsigned magazine_place(LengthKey key) noexcept {
-  const std::uint64_t length = key.length();
-  if (length <= direct_magazines && (key.raw & 0xfff) == 0) return static_cast<unsigned>(length) - 1;
-  return direct_magazines + static_cast<unsigned>((key.raw * 0x9e3779b97f4a7c15ULL) >> 57);
+constexpr unsigned place_of_length(std::uint64_t units) noexcept {
+  return static_cast<unsigned>((units * 0x9e3779b97f4a7c15ULL) >> (64 - magazine_place_bits));
 }
-static_assert(magazine_place(LengthKey::of(~std::uint64_t{0} >> 12, 0, 0)) < magazine_places);
+/// Classes with further wishes have other places than the plain class of their length.
+constexpr unsigned magazine_place(LengthKey key) noexcept {
+  return place_of_length(key.length() + ((key.raw & 0xfff) << 16));
+}
 
 struct LengthClass : ArenaObject {
   LengthKey key;

@@ -36,7 +36,7 @@ Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId c
   auto& place = me.magazines[magazine_place(key)];
   // relaxed: only the owner writes the place and its magazine.
   Magazine* magazine = place.load(std::memory_order_relaxed);
-  if (magazine == nullptr) {
+  if (magazine == &no_magazine) {
     const ObjectId id = arena_.allocate(ObjectKind::magazine, sizeof(Magazine));
     if (id == 0) return nullptr;
     magazine = new (arena_.at<void>(id)) Magazine{};
@@ -46,18 +46,25 @@ Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId c
     // Another class used the place: its entries go back to their runs.
     if (magazine->class_id != 0) {
       revalidate(me, *magazine);
-      flush(me, *magazine, magazine->count);
+      flush(me, *magazine, magazine->size());
       // relaxed: statistics.
-      const std::int64_t net = magazine->net_live.load(std::memory_order_relaxed);
-      const std::uint64_t length = magazine->length.load(std::memory_order_relaxed);
-      magazine->net_live.store(0, std::memory_order_relaxed);
+      const std::int64_t net = magazine->intake.load(std::memory_order_relaxed);
+      const std::uint64_t length = magazine->length.load(std::memory_order_relaxed) >> granule_log2_;
+      magazine->intake.store(0, std::memory_order_relaxed);
       bump(me.other_intervals, net);
       bump(me.other_units, net * static_cast<std::int64_t>(length));
     }
     magazine->class_id = class_id;
     magazine->length_class = class_at(class_id);
-    magazine->length.store(key.length(), std::memory_order_relaxed);
+    const std::uint64_t length = key.length();
+    magazine->reciprocal = reciprocal_of(length, run_many_slots);
+    magazine->coarse_reach = length >= multi_slot_length_max ? 0 : length * (Run::slots_max - 1);
+    magazine->fine_shift = floor_log2(length) + granule_log2_;
+    magazine->coarse_shift = std::min(magazine->fine_shift + HintTable::coarse_log2, 63U);
     magazine->capacity = capacity_for(*magazine->length_class);
+    // relaxed: a statistic for others. Where every address is one interval its length does not fit and the fast paths,
+    // which compare with this, never see it.
+    magazine->length.store(bytes_of(length), std::memory_order_relaxed);
     // W.magazine - release: statistics readers see an initialised magazine.
     place.store(magazine, std::memory_order_release);
   }
@@ -72,27 +79,31 @@ void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
   if (magazine.incarnation == me.incarnation()) return;
   const SlotWord old = SlotWord::of(SlotState::hoarded, magazine.incarnation);
   const SlotWord now = SlotWord::of(SlotState::hoarded, me.incarnation());
+  const std::uint32_t had = magazine.size();
   unsigned kept = 0;
-  for (unsigned i = 0; i < magazine.count; ++i) {
+  for (unsigned i = 0; i < had; ++i) {
     std::uint64_t expected = old.raw;
     base::yield_point("magazine.carry");
     // A.slot - acq_rel: whoever evicted the slot meanwhile has it. No other object's slot carries an incarnation of
     // ours, so a recycled run cannot be mistaken.
-    if (magazine.entries[i].slot.word().compare_exchange_strong(expected, now.raw, std::memory_order_acq_rel,
-                                                                std::memory_order_relaxed))
+    if (magazine.entries[i].word->compare_exchange_strong(expected, now.raw, std::memory_order_acq_rel,
+                                                          std::memory_order_relaxed))
       magazine.entries[kept++] = magazine.entries[i];
   }
-  magazine.count = kept;
   magazine.incarnation = me.incarnation();
+  bump(magazine.intake, static_cast<std::int64_t>(kept) - static_cast<std::int64_t>(had));
+  magazine.resize(kept);
   // A doomed run's slots are not handed out again. They are rare: sort them out one by one.
-  for (unsigned i = 0; i < magazine.count;) {
+  for (unsigned i = 0; i < magazine.size();) {
     const MagazineEntry entry = magazine.entries[i];
     // R.bits - seq_cst: set_usable() dooms runs before it closes incarnations.
-    if ((entry.slot.run().bits.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
+    if ((entry.run().bits.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
       ++i;
       continue;
     }
-    magazine.entries[i] = magazine.entries[--magazine.count];
+    magazine.resize(magazine.size() - 1);
+    magazine.entries[i] = magazine.entries[magazine.size()];
+    bump(magazine.intake, std::int64_t{-1});
     put_back(me, {&entry, 1}, magazine.incarnation);
   }
 }
@@ -122,23 +133,23 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
   {
     MapSection section{map_, me};  // keeps each run from being reused between its slot's word and its bits
     for (std::size_t i = 0; i < entries.size();) {
-      Run& run = entries[i].slot.run();
+      Run& run = entries[i].run();
       std::uint64_t mask = 0;
-      for (; i < entries.size() && &entries[i].slot.run() == &run; ++i) {
+      for (; i < entries.size() && &entries[i].run() == &run; ++i) {
         std::uint64_t expected = SlotWord::of(SlotState::hoarded, owner).raw;
         base::yield_point("slot.put_back");
         // A.slot - acq_rel: hoarded -> free. It fails if a claim took the slot.
-        if (entries[i].slot.word().compare_exchange_strong(expected, SlotWord::of(SlotState::free).raw,
-                                                           std::memory_order_acq_rel, std::memory_order_relaxed))
-          mask |= std::uint64_t{1} << entries[i].slot.index();
+        if (entries[i].word->compare_exchange_strong(expected, SlotWord::of(SlotState::free).raw,
+                                                     std::memory_order_acq_rel, std::memory_order_relaxed))
+          mask |= std::uint64_t{1} << entries[i].index();
       }
       if (mask == 0) continue;
       note_free_slots(me, run, mask);
       // R.bits - seq_cst: see revalidate().
       const std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
       const bool doomed = (bits & Run::doomed) != 0;
-      const bool full =
-          static_cast<unsigned>(std::popcount(bits & Run::slot_bits)) == run.slots.load(std::memory_order_relaxed);
+      const bool full = static_cast<unsigned>(std::popcount(bits & Run::slot_bits)) ==
+                        RunTag{run.tag.load(std::memory_order_relaxed)}.slots();
       if ((doomed || full) && idle_count < idle_max) idle[idle_count++] = &run;
     }
   }
@@ -147,8 +158,9 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
 
 void AllocatorCore::flush(ThreadCache& me, Magazine& magazine, unsigned count) noexcept {
   put_back(me, {magazine.entries, count}, magazine.incarnation);
-  std::copy(magazine.entries + count, magazine.entries + magazine.count, magazine.entries);
-  magazine.count -= count;
+  std::copy(magazine.entries + count, magazine.entries + magazine.size(), magazine.entries);
+  bump(magazine.intake, -static_cast<std::int64_t>(count));
+  magazine.resize(magazine.size() - count);
 }
 
 // A run whose slots are all free goes back to the map if its class has plenty; a doomed one gives back what it can.
@@ -157,12 +169,12 @@ void AllocatorCore::retire_if_idle(ThreadCache& me, Run& run) noexcept {
   {
     MapSection section{map_, me};
     // relaxed: hints; the slots' words decide.
-    const std::uint32_t slots = run.slots.load(std::memory_order_relaxed);
+    const unsigned slots = RunTag{run.tag.load(std::memory_order_relaxed)}.slots();
     const ObjectId c = run.length_class.load(std::memory_order_relaxed);
     // R.bits - seq_cst: see revalidate().
     std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
     // R.shape - acquire: the run is in this section's version or later, so the section protects what follows.
-    if ((run.generation.load(std::memory_order_acquire) & 1) != 0) return;
+    if (!RunTag{run.tag.load(std::memory_order_acquire)}.valid()) return;
     if (run.born.load(std::memory_order_acquire) > section.version()) return;
     const bool doomed = (bits & Run::doomed) != 0;
     if (!doomed) {
@@ -236,6 +248,7 @@ bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigne
     // relaxed: a statistic.
     c.slots_free.fetch_sub(static_cast<unsigned>(std::popcount(taken)), std::memory_order_relaxed);
     unsigned got = 0;
+    unsigned index_of_last = 0;
     while (taken != 0) {
       // The slot to be handed out first is pushed last.
       const auto index = static_cast<unsigned>(direction_ == Direction::bottom_up ? std::bit_width(taken) - 1
@@ -247,10 +260,14 @@ bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigne
       if (!run.slot(index).compare_exchange_strong(expected, mine.raw, std::memory_order_acq_rel,
                                                    std::memory_order_relaxed))
         continue;
-      magazine.entries[magazine.count++] = {shape.slot_range(index).first, SlotRef::of(run, index)};
+      index_of_last = index;
+      push(magazine, MagazineEntry::of(bytes_of(shape.slot_range(index).first), run, index));
       ++got;
     }
-    if (got > 0) return true;
+    bump(magazine.intake, std::int64_t{got});
+    if (got == 0) continue;
+    note_start(run, shape.first, shape.length, shape.slots(), shape.slot_range(index_of_last).first);
+    return true;
   }
   return false;
 }
@@ -276,11 +293,13 @@ bool AllocatorCore::refill(ThreadCache& me, Magazine& magazine, Unit last_max) n
                                        .at = std::nullopt,
                                        .at_slot = 0});
     if (made.outcome == Outcome::done) {
-      hint(made.first, arena_.id_of(made.run));
       for (unsigned n = first_count; n-- > 0;) {
         const unsigned index = direction_ == Direction::bottom_up ? n : slots - 1 - n;
-        magazine.entries[magazine.count++] = {made.first + index * c.key.length(), SlotRef::of(*made.run, index)};
+        const Unit start = made.first + index * c.key.length();
+        push(magazine, MagazineEntry::of(bytes_of(start), *made.run, index));
+        note_start(*made.run, made.first, c.key.length(), slots, start);
       }
+      bump(magazine.intake, std::int64_t{first_count});
       return true;
     }
     if (slots == 1) return false;

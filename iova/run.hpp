@@ -15,7 +15,8 @@
 //   are probably free. A hint: the slot's own word decides.
 // Transitions:  free -> hoarded | live | settled (CAS)            hoarded -> live (owner) | free, settled (CAS)
 //               live -> hoarded (owner) | hoarded, free, settled (CAS)
-// Identity: `generation` is even while the run means what its fields say and odd while they change. A reader without a
+// Identity: the tag's generation is even while the run means what its fields say and odd while they change. A reader
+// without a
 //   section loads it, the fields and a slot's word, and loads it again: unchanged and even proves they belong together.
 // Reclamation: era.hpp. `slots_left` counts slots that the map still gives to the run; who takes the last one retires
 // it.
@@ -59,6 +60,15 @@ enum class RunKind : std::uint8_t {
   irregular,  ///< fits no class: a freed slot leaves the run
 };
 
+/// [63..8] generation | [7..0] slots.
+struct RunTag {
+  std::uint64_t raw = 0;
+  static constexpr RunTag of(std::uint64_t generation, unsigned slots) noexcept { return {(generation << 8) | slots}; }
+  constexpr std::uint64_t generation() const noexcept { return raw >> 8; }
+  constexpr unsigned slots() const noexcept { return static_cast<unsigned>(raw & 0xff); }
+  constexpr bool valid() const noexcept { return (raw & 0x100) == 0 && slots() != 0; }
+};
+
 struct Run : VersionedObject {
   static constexpr unsigned slots_max = 60;
   static constexpr std::uint64_t slot_bits = (std::uint64_t{1} << slots_max) - 1;
@@ -67,17 +77,17 @@ struct Run : VersionedObject {
   static constexpr std::uint32_t no_position = ~std::uint32_t{0};
 
   // Atomics because readers without a section may look while the object is made into another run; see Identity.
-  std::atomic<std::uint32_t> generation;
-  std::atomic<std::uint32_t> slots;       ///< how many
-  std::atomic<std::uint64_t> first;       ///< unit
-  std::atomic<std::uint64_t> length;      ///< units per slot
+  std::atomic<std::uint64_t> tag;      ///< RunTag: generation and number of slots
+  std::atomic<std::uint64_t> first;    ///< unit
+  std::atomic<std::uint64_t> length;   ///< units per slot
+  std::atomic<ObjectId> length_class;  ///< 0 unless shelved
+  std::atomic<RunKind> run_kind;
   std::atomic<std::uint64_t> reciprocal;  ///< reciprocal_of(): makes the division a multiplication
+  // Behind the first cache line: what only the shared level uses.
   std::atomic<std::uint64_t> bits;
   std::atomic<std::uint64_t> born;  ///< VersionedObject::birth for readers without a section
   std::atomic<std::uint32_t> slots_left;
-  std::atomic<ObjectId> length_class;   ///< 0 unless shelved
   std::atomic<std::uint32_t> position;  ///< on the class's shelf
-  std::atomic<RunKind> run_kind;
   // followed by one word per slot
 
   std::atomic<std::uint64_t>& slot(unsigned index) noexcept {
@@ -110,21 +120,14 @@ constexpr ObjectKind run_object_kind(unsigned slots) noexcept {
 /// Runs of several slots have slots shorter than this, so that the reciprocal is exact: 60 * length^2 < 2^63.
 inline constexpr std::uint64_t multi_slot_length_max = std::uint64_t{1} << 28;
 
-/// Names a slot: the run's address, which is a multiple of 64, plus the slot's index.
-struct SlotRef {
-  std::uintptr_t raw = 0;
-  static SlotRef of(Run& run, unsigned index) noexcept { return {reinterpret_cast<std::uintptr_t>(&run) | index}; }
-  Run& run() const noexcept { return *reinterpret_cast<Run*>(raw & ~std::uintptr_t{63}); }
-  unsigned index() const noexcept { return static_cast<unsigned>(raw & 63); }
-  std::atomic<std::uint64_t>& word() const noexcept { return run().slot(index()); }
-};
+/// Names a slot by the place of its word.
+using SlotWordPtr = std::atomic<std::uint64_t>*;
 
 __extension__ using Wide = unsigned __int128;
 
 /// What a run's fields said at one moment.
 struct RunShape {
-  std::uint32_t generation;
-  std::uint32_t slots;
+  RunTag tag;
   Unit first;
   std::uint64_t length;
   std::uint64_t reciprocal;
@@ -132,22 +135,23 @@ struct RunShape {
   static RunShape load(const Run& run) noexcept {
     // R.shape - acquire, pairs with W.shape: each load stays before the next, and a value of a later incarnation brings
     // the odd generation with it, which unchanged() sees.
-    return {run.generation.load(std::memory_order_acquire), run.slots.load(std::memory_order_acquire),
-            run.first.load(std::memory_order_acquire), run.length.load(std::memory_order_acquire),
-            run.reciprocal.load(std::memory_order_acquire)};
+    return {RunTag{run.tag.load(std::memory_order_acquire)}, run.first.load(std::memory_order_acquire),
+            run.length.load(std::memory_order_acquire), run.reciprocal.load(std::memory_order_acquire)};
   }
-  constexpr bool valid() const noexcept { return (generation & 1) == 0; }
+  constexpr bool valid() const noexcept { return tag.valid(); }
+  constexpr unsigned slots() const noexcept { return tag.slots(); }
   bool unchanged(const Run& run) const noexcept {
     // relaxed: the acquire loads before it keep it last.
-    return run.generation.load(std::memory_order_relaxed) == generation;
+    return run.tag.load(std::memory_order_relaxed) == tag.raw;
   }
-  constexpr UnitRange range() const noexcept { return {first, first + slots * length - 1}; }
+  constexpr UnitRange range() const noexcept { return {first, first + slots() * length - 1}; }
   /// Precondition: range().contains(unit).
-  constexpr unsigned slot_of(Unit unit) const noexcept {
-    return static_cast<unsigned>((static_cast<Wide>(unit - first) * reciprocal) >> 63);
-  }
+  constexpr unsigned slot_of(Unit unit) const noexcept { return slot_at(unit - first, reciprocal); }
   constexpr UnitRange slot_range(unsigned slot) const noexcept {
     return {first + slot * length, first + slot * length + length - 1};
+  }
+  static constexpr unsigned slot_at(std::uint64_t offset, std::uint64_t reciprocal) noexcept {
+    return static_cast<unsigned>((static_cast<Wide>(offset) * reciprocal) >> 63);
   }
 };
 

@@ -15,10 +15,9 @@ Run* AllocatorCore::prepare_run(const RunPlan& plan) noexcept {
   run.kind = run_object_kind(plan.slots);
   run.bytes = static_cast<std::uint16_t>(Run::bytes_for(plan.slots));
   // relaxed: the object is ours; bury() left the generation odd, in fresh memory it is 0.
-  if (const std::uint32_t left = run.generation.load(std::memory_order_relaxed); left == 0)
-    run.generation.store(1, std::memory_order_relaxed);
+  const RunTag left{run.tag.load(std::memory_order_relaxed)};
+  run.tag.store(RunTag::of(left.generation() | 1, plan.slots).raw, std::memory_order_relaxed);
   // W.shape - release each, pairs with R.shape: who reads one of these also finds the generation odd or newer.
-  run.slots.store(plan.slots, std::memory_order_release);
   run.length.store(plan.length, std::memory_order_release);
   run.reciprocal.store(reciprocal_of(plan.length, plan.slots), std::memory_order_release);
   run.slots_left.store(plan.slots, std::memory_order_release);
@@ -57,7 +56,7 @@ AllocatorCore::MadeRun AllocatorCore::make_run(ThreadCache& me, const RunPlan& p
   const std::uint64_t units = plan.slots * plan.length;
   // relaxed: still ours. After the commit the run may be emptied and reused by others at any time, so nothing is read
   // from it then.
-  std::uint32_t generation = run->generation.load(std::memory_order_relaxed);
+  std::uint64_t tag = run->tag.load(std::memory_order_relaxed);
   const std::uint32_t position = run->position.load(std::memory_order_relaxed);
   std::optional<Unit> start;
   MapSection section{map_, me};
@@ -98,8 +97,8 @@ AllocatorCore::MadeRun AllocatorCore::make_run(ThreadCache& me, const RunPlan& p
   base::yield_point("run.open");
   // W.open - release, pairs with R.shape: the generation becomes even after the commit, so readers without a section
   // never trust a run that the map does not have. It fails if the run was buried already.
-  run->generation.compare_exchange_strong(generation, generation + 1, std::memory_order_release,
-                                          std::memory_order_relaxed);
+  run->tag.compare_exchange_strong(tag, RunTag::of(RunTag{tag}.generation() + 1, plan.slots).raw,
+                                   std::memory_order_release, std::memory_order_relaxed);
   // relaxed: statistics.
   run_units_.fetch_add(units, std::memory_order_relaxed);
   if (plan.length_class != 0) {
@@ -114,7 +113,6 @@ AllocatorCore::MadeRun AllocatorCore::make_run(ThreadCache& me, const RunPlan& p
 Run* AllocatorCore::locate(MapSection& section, Unit unit) noexcept {
   const Segment there = section.tree().find(unit);
   if (!there.value.is_run()) return nullptr;
-  hint(unit, there.value.run_id());
   return arena_.at<Run>(there.value.run_id());
 }
 
@@ -129,7 +127,7 @@ void AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
     std::array<UnitRange, ranges_max> ranges;
     unsigned count = 0;
     unsigned slots = 0;
-    for (unsigned i = 0; i < shape.slots && i < Run::slots_max; ++i) {
+    for (unsigned i = 0; i < shape.slots() && i < Run::slots_max; ++i) {
       const UnitRange range = shape.slot_range(i);
       if (range.first > range.last || range.last > tree.last()) break;  // being made into another run
       // From here a wrong shape does no harm: if the map gives any of its units to this run, it is the right one.
@@ -189,19 +187,19 @@ void AllocatorCore::bury(ThreadCache& me, Run& run) noexcept {
   const ObjectId c = run.length_class.load(std::memory_order_relaxed);
   if (position != Run::no_position) class_at(c)->shelf.remove(arena_, position);
   // relaxed: the value to start from.
-  std::uint32_t generation = run.generation.load(std::memory_order_relaxed);
+  std::uint64_t tag = run.tag.load(std::memory_order_relaxed);
   // W.closed - release, pairs with R.shape: readers without a section see the run end. To the next odd number, so that
   // a maker that was stopped before W.open does not open the object's next incarnation. Repeats at most once: only that
   // maker changes it too.
-  while (!run.generation.compare_exchange_weak(generation, (generation + 1) | 1, std::memory_order_release,
-                                               std::memory_order_relaxed)) {
+  while (!run.tag.compare_exchange_weak(tag, RunTag::of((RunTag{tag}.generation() + 1) | 1, RunTag{tag}.slots()).raw,
+                                        std::memory_order_release, std::memory_order_relaxed)) {
   }
   base::yield_point("run.bury");
   map_.retire(me, run, arena_.id_of(&run));
 }
 
-// Makes sure that `owner` does nothing to `slot` any more. False when its thread is in the middle of just that.
-bool AllocatorCore::close_incarnation(ThreadCache& me, Incarnation owner, SlotRef slot, bool to_free) noexcept {
+// Makes sure that `owner` does nothing to the slot any more. False when its thread is in the middle of just that.
+bool AllocatorCore::close_incarnation(ThreadCache& me, Incarnation owner, SlotWordPtr word, bool to_free) noexcept {
   if (owner.nobody()) return true;
   if (owner == me.incarnation()) {
     // Ours: nothing of ours is in progress.
@@ -232,7 +230,7 @@ bool AllocatorCore::close_incarnation(ThreadCache& me, Incarnation owner, SlotRe
     }
     base::yield_point("cache.look");
     // R.busy - seq_cst: the revoker's load of the handshake; pairs with the release stores that clear it.
-    if (cache.busy.load(std::memory_order_seq_cst) != slot.raw) return true;
+    if (cache.busy.load(std::memory_order_seq_cst) != word) return true;
     // The owner may only be looking: then it finds its state closed and clears `busy` in a few instructions.
   }
   // R.reopen - seq_cst: the owner may have gone on to the next generation with the same slot announced.
@@ -240,20 +238,19 @@ bool AllocatorCore::close_incarnation(ThreadCache& me, Incarnation owner, SlotRe
 }
 
 // Takes a slot that is not live out of its run. The caller keeps the run from being reused and settles it afterwards.
-AllocatorCore::Eviction AllocatorCore::evict(ThreadCache& me, SlotRef slot) noexcept {
-  std::atomic<std::uint64_t>& word = slot.word();
+AllocatorCore::Eviction AllocatorCore::evict(ThreadCache& me, SlotWordPtr word) noexcept {
   // R.slot - acquire.
-  std::uint64_t seen = word.load(std::memory_order_acquire);
+  std::uint64_t seen = word->load(std::memory_order_acquire);
   for (;;) {  // lock-free: repeats after another thread changed the word
     const SlotWord now{seen};
     if (now.state() == SlotState::settled) return Eviction::gone;
     if (now.state() == SlotState::live) return Eviction::live;
-    if (now.state() == SlotState::hoarded && !close_incarnation(me, now.owner(), slot, false))
+    if (now.state() == SlotState::hoarded && !close_incarnation(me, now.owner(), word, false))
       return Eviction::contended;
     base::yield_point("slot.evict");
     // A.slot - acq_rel: settles the slot. Linearization of its leaving the run.
-    if (word.compare_exchange_strong(seen, SlotWord::of(SlotState::settled).raw, std::memory_order_acq_rel,
-                                     std::memory_order_acquire))
+    if (word->compare_exchange_strong(seen, SlotWord::of(SlotState::settled).raw, std::memory_order_acq_rel,
+                                      std::memory_order_acquire))
       return Eviction::gone;
   }
 }

@@ -7,7 +7,7 @@
 namespace iovane::iova {
 
 std::optional<UnitRange> AllocatorCore::find(Unit unit) noexcept {
-  if (Run* const run = hinted(unit)) {
+  if (Run* const run = run_of_block(unit)) {
     const RunShape shape = RunShape::load(*run);
     if (shape.valid() && shape.range().contains(unit)) {
       const unsigned index = shape.slot_of(unit);
@@ -22,6 +22,7 @@ std::optional<UnitRange> AllocatorCore::find(Unit unit) noexcept {
   MapSection section{map_, *me};
   Run* const run = locate(section, unit);
   if (run == nullptr) return std::nullopt;
+  note_block(unit, arena_.id_of(run));
   const RunShape shape = RunShape::load(*run);
   const unsigned index = shape.slot_of(unit);
   // R.slot - acquire: linearization of a find by the map.
@@ -75,10 +76,9 @@ CoreStats AllocatorCore::stats() noexcept {
     for (const auto& place : cache->magazines) {
       // R.magazine - acquire, pairs with W.magazine.
       const Magazine* magazine = place.load(std::memory_order_acquire);
-      if (magazine == nullptr) continue;
-      const std::int64_t net = magazine->net_live.load(std::memory_order_relaxed);
+      const std::int64_t net = magazine->intake.load(std::memory_order_relaxed) - magazine->size();
       intervals += net;
-      units += net * static_cast<std::int64_t>(magazine->length.load(std::memory_order_relaxed));
+      units += net * static_cast<std::int64_t>(magazine->length.load(std::memory_order_relaxed) >> granule_log2_);
     }
   }
   s.live_intervals = static_cast<std::uint64_t>(std::max<std::int64_t>(intervals, 0));
@@ -190,11 +190,11 @@ Answer AllocatorCore::set_usable(std::span<const UnitRange> windows, std::vector
           run->bits.fetch_or(Run::doomed, std::memory_order_seq_cst);
           const unsigned last_index = shape.slot_of(there.range.last);
           for (unsigned i = shape.slot_of(there.range.first); i <= last_index; ++i) {
-            const SlotRef slot = SlotRef::of(*run, i);
+            const SlotWordPtr slot = &run->slot(i);
             const Eviction result = evict(*me, slot);
             if (result != Eviction::live) continue;
             // R.slot - acquire. From now on it is freed by CAS, and so leaves the run.
-            const SlotWord word{slot.word().load(std::memory_order_acquire)};
+            const SlotWord word{slot->load(std::memory_order_acquire)};
             close_incarnation(*me, word.owner(), slot, false);
             const UnitRange interval = shape.slot_range(i);
             if (word.state() == SlotState::live && interval.overlaps(hole) &&

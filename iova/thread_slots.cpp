@@ -5,6 +5,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "base/asymmetric_barrier.hpp"
 #include "iova/allocator_core.hpp"
 
 namespace iovane::iova {
@@ -48,7 +49,9 @@ void leave_all(void* /*armed*/) {
   thread_slots = {};
 }
 
+// The quick slots lead to the paths that use announce_fast().
 void note_quick(std::uint64_t id, ThreadCache* cache) noexcept {
+  if (!base::fast_announce_allowed()) return;
   thread_slots.allocator_id[id % ThreadSlots::quick] = id;
   thread_slots.cache[id % ThreadSlots::quick] = cache;
 }

@@ -52,6 +52,25 @@ inline void announce(std::atomic<T>& word, T value) noexcept {
   word.store(value, std::memory_order_seq_cst);
 }
 
+/// Whether announce_fast() may be used. Constant once prepare_asymmetric_barrier() has returned.
+inline bool fast_announce_allowed() noexcept {
+  // relaxed: written once.
+  return !asymmetric_barrier_possible || detail::asymmetric_barrier_ready.load(std::memory_order_relaxed);
+}
+
+/// announce() without asking at run time. Only where fast_announce_allowed() was true.
+template <typename T>
+inline void announce_fast(std::atomic<T>& word, T value) noexcept {
+  if constexpr (asymmetric_barrier_possible) {
+    // W.announce - as in announce().
+    word.store(value, std::memory_order_release);
+    asm volatile("" ::: "memory");
+  } else {
+    // W.announce - as in announce().
+    word.store(value, std::memory_order_seq_cst);
+  }
+}
+
 /// The rare side's fence: everything announced before it by a thread that did not see our store is visible after it.
 /// Any thread; one system call of about a microsecond.
 void heavy_barrier() noexcept;
