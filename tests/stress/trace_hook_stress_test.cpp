@@ -34,19 +34,19 @@ TEST(TraceHookStress, NoCallbackOutlivesItsHook) {
       while (!stop.load(std::memory_order_relaxed)) IOVANE_TRACE(TraceLevel::error, TestEvent, tick, 0, 0, 0, 0);
     });
   }
-  std::uint64_t heard = 0;
-  for (int round = 0; round < 2'000 || (heard == 0 && round < 1'000'000); ++round) {
+  std::uint64_t total = 0;
+  for (int round = 0; round < 500 || (total == 0 && round < 1'000'000); ++round) {
     auto ear = std::make_unique<Ear>();
     const TraceHook hook{hear, ear.get(), TraceLevel::error};
     set_trace_hook(&hook);
     std::this_thread::yield();
     set_trace_hook(nullptr);
     ear->open = false;
-    heard += ear->heard.load(std::memory_order_relaxed);  // relaxed: all writers have left
+    total += ear->heard.load(std::memory_order_relaxed);  // relaxed: all writers have left
   }
   stop.store(true, std::memory_order_relaxed);
   for (auto& thread : threads) thread.join();
-  EXPECT_GT(heard, 0U);
+  EXPECT_GT(total, 0U);
 }
 
 }  // namespace
