@@ -58,7 +58,7 @@ Answer AllocatorCore::claim_once(ThreadCache& me, UnitRange range, bool& again) 
             // A.slot - acq_rel: linearization of a claim that equals a free slot.
             if (run.slot(i).compare_exchange_strong(seen, SlotWord::of(SlotState::live).raw, std::memory_order_acq_rel,
                                                     std::memory_order_acquire)) {
-              note_start(run, shape.first, shape.length, shape.slots(), range.first);
+              note_start(run, shape.first, shape.length, shape.slots, range.first);
               return claimed();
             }
           }

@@ -40,7 +40,7 @@ Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId c
     const ObjectId id = arena_.allocate(ObjectKind::magazine, sizeof(Magazine));
     if (id == 0) return nullptr;
     magazine = new (arena_.at<void>(id)) Magazine{};
-    magazine->incarnation = me.incarnation();
+    magazine->adopt(me.incarnation());
   }
   if (magazine->class_id != class_id) {
     // Another class used the place: its entries go back to their runs.
@@ -57,8 +57,8 @@ Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId c
     magazine->class_id = class_id;
     magazine->length_class = class_at(class_id);
     const std::uint64_t length = key.length();
-    magazine->reciprocal = reciprocal_of(length, run_many_slots);
-    magazine->coarse_reach = length >= multi_slot_length_max ? 0 : length * (Run::slots_max - 1);
+    // Of the length in bytes, which is at least 2^12. Not exact for very long ones: push_fast() checks what it finds.
+    magazine->reciprocal = ~std::uint64_t{0} / bytes_of(length) + 1;
     magazine->fine_shift = floor_log2(length) + granule_log2_;
     magazine->coarse_shift = std::min(magazine->fine_shift + HintTable::coarse_log2, 63U);
     magazine->capacity = capacity_for(*magazine->length_class);
@@ -90,7 +90,7 @@ void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
                                                           std::memory_order_relaxed))
       magazine.entries[kept++] = magazine.entries[i];
   }
-  magazine.incarnation = me.incarnation();
+  magazine.adopt(me.incarnation());
   bump(magazine.intake, static_cast<std::int64_t>(kept) - static_cast<std::int64_t>(had));
   magazine.resize(kept);
   // A doomed run's slots are not handed out again. They are rare: sort them out one by one.
@@ -148,8 +148,8 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
       // R.bits - seq_cst: see revalidate().
       const std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
       const bool doomed = (bits & Run::doomed) != 0;
-      const bool full = static_cast<unsigned>(std::popcount(bits & Run::slot_bits)) ==
-                        RunTag{run.tag.load(std::memory_order_relaxed)}.slots();
+      const bool full =
+          static_cast<unsigned>(std::popcount(bits & Run::slot_bits)) == run.slots.load(std::memory_order_relaxed);
       if ((doomed || full) && idle_count < idle_max) idle[idle_count++] = &run;
     }
   }
@@ -169,12 +169,12 @@ void AllocatorCore::retire_if_idle(ThreadCache& me, Run& run) noexcept {
   {
     MapSection section{map_, me};
     // relaxed: hints; the slots' words decide.
-    const unsigned slots = RunTag{run.tag.load(std::memory_order_relaxed)}.slots();
+    const unsigned slots = run.slots.load(std::memory_order_relaxed);
     const ObjectId c = run.length_class.load(std::memory_order_relaxed);
     // R.bits - seq_cst: see revalidate().
     std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
     // R.shape - acquire: the run is in this section's version or later, so the section protects what follows.
-    if (!RunTag{run.tag.load(std::memory_order_acquire)}.valid()) return;
+    if (RunTag{run.tag.load(std::memory_order_acquire)}.slots() == 0) return;
     if (run.born.load(std::memory_order_acquire) > section.version()) return;
     const bool doomed = (bits & Run::doomed) != 0;
     if (!doomed) {
@@ -266,7 +266,7 @@ bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigne
     }
     bump(magazine.intake, std::int64_t{got});
     if (got == 0) continue;
-    note_start(run, shape.first, shape.length, shape.slots(), shape.slot_range(index_of_last).first);
+    note_start(run, shape.first, shape.length, shape.slots, shape.slot_range(index_of_last).first);
     return true;
   }
   return false;

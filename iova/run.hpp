@@ -15,9 +15,9 @@
 //   are probably free. A hint: the slot's own word decides.
 // Transitions:  free -> hoarded | live | settled (CAS)            hoarded -> live (owner) | free, settled (CAS)
 //               live -> hoarded (owner) | hoarded, free, settled (CAS)
-// Identity: the tag's generation is even while the run means what its fields say and odd while they change. A reader
-// without a
-//   section loads it, the fields and a slot's word, and loads it again: unchanged and even proves they belong together.
+// Identity: the tag names the incarnation of the object and is closed (0 slots) while its fields change. A reader
+//   without a section loads the tag, the fields and a slot's word, and the tag again: open and unchanged proves that
+//   they belong together. A reader in a section that got the run from the section's map needs no tag.
 // Reclamation: era.hpp. `slots_left` counts slots that the map still gives to the run; who takes the last one retires
 // it.
 #pragma once
@@ -60,13 +60,15 @@ enum class RunKind : std::uint8_t {
   irregular,  ///< fits no class: a freed slot leaves the run
 };
 
-/// [63..8] generation | [7..0] slots.
+/// [63..8] generation | [7..0] slots, 0 while the fields change.
 struct RunTag {
   std::uint64_t raw = 0;
-  static constexpr RunTag of(std::uint64_t generation, unsigned slots) noexcept { return {(generation << 8) | slots}; }
+  static constexpr RunTag closed(std::uint64_t generation) noexcept { return {generation << 8}; }
+  static constexpr RunTag open(std::uint64_t generation, unsigned slots) noexcept {
+    return {(generation << 8) | slots};
+  }
   constexpr std::uint64_t generation() const noexcept { return raw >> 8; }
   constexpr unsigned slots() const noexcept { return static_cast<unsigned>(raw & 0xff); }
-  constexpr bool valid() const noexcept { return (raw & 0x100) == 0 && slots() != 0; }
 };
 
 struct Run : VersionedObject {
@@ -82,6 +84,7 @@ struct Run : VersionedObject {
   std::atomic<std::uint64_t> length;   ///< units per slot
   std::atomic<ObjectId> length_class;  ///< 0 unless shelved
   std::atomic<RunKind> run_kind;
+  std::atomic<std::uint8_t> slots;        ///< also while the tag is closed
   std::atomic<std::uint64_t> reciprocal;  ///< reciprocal_of(): makes the division a multiplication
   // Behind the first cache line: what only the shared level uses.
   std::atomic<std::uint64_t> bits;
@@ -128,6 +131,7 @@ __extension__ using Wide = unsigned __int128;
 /// What a run's fields said at one moment.
 struct RunShape {
   RunTag tag;
+  unsigned slots;
   Unit first;
   std::uint64_t length;
   std::uint64_t reciprocal;
@@ -135,16 +139,16 @@ struct RunShape {
   static RunShape load(const Run& run) noexcept {
     // R.shape - acquire, pairs with W.shape: each load stays before the next, and a value of a later incarnation brings
     // the odd generation with it, which unchanged() sees.
-    return {RunTag{run.tag.load(std::memory_order_acquire)}, run.first.load(std::memory_order_acquire),
-            run.length.load(std::memory_order_acquire), run.reciprocal.load(std::memory_order_acquire)};
+    return {RunTag{run.tag.load(std::memory_order_acquire)}, run.slots.load(std::memory_order_acquire),
+            run.first.load(std::memory_order_acquire), run.length.load(std::memory_order_acquire),
+            run.reciprocal.load(std::memory_order_acquire)};
   }
-  constexpr bool valid() const noexcept { return tag.valid(); }
-  constexpr unsigned slots() const noexcept { return tag.slots(); }
+  constexpr bool valid() const noexcept { return tag.slots() != 0; }
   bool unchanged(const Run& run) const noexcept {
     // relaxed: the acquire loads before it keep it last.
     return run.tag.load(std::memory_order_relaxed) == tag.raw;
   }
-  constexpr UnitRange range() const noexcept { return {first, first + slots() * length - 1}; }
+  constexpr UnitRange range() const noexcept { return {first, first + slots * length - 1}; }
   /// Precondition: range().contains(unit).
   constexpr unsigned slot_of(Unit unit) const noexcept { return slot_at(unit - first, reciprocal); }
   constexpr UnitRange slot_range(unsigned slot) const noexcept {
