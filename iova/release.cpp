@@ -63,8 +63,7 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
       if (now.state() != SlotState::live) return {Outcome::not_live};
       if (interval != range) return {Outcome::partial, interval};
       if (!close_unless_mine(*me, now.owner(), word)) return {Outcome::contended, interval};
-      // R.bits - seq_cst: see revalidate().
-      const bool doomed = (run->bits.load(std::memory_order_seq_cst) & Run::doomed) != 0;
+      const bool doomed = (run->flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
       // relaxed: neither changes while the section protects the run.
       const RunKind kind = run->run_kind.load(std::memory_order_relaxed);
       class_id = run->length_class.load(std::memory_order_relaxed);
@@ -81,9 +80,14 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
         next = SlotWord::of(SlotState::hoarded, owner);
       }
       base::yield_point("free.retire");
-      // A.slot - acq_rel: linearization of a free that is not into a magazine at once.
-      if (word->compare_exchange_weak(seen, next.raw, std::memory_order_acq_rel, std::memory_order_acquire)) break;
+      // A.slot - linearization of a free that is not into a magazine at once.
+      // seq_cst: with the look at the flags behind it, the handshake with set_usable(), which sets the flag and then
+      // looks at the word: it finds the slot hoarded and takes it, or we find the run doomed.
+      if (word->compare_exchange_weak(seen, next.raw, std::memory_order_seq_cst, std::memory_order_acquire)) break;
     }
+    // R.doomed - seq_cst: as above.
+    if (after == After::stow && (run->flags.load(std::memory_order_seq_cst) & Run::doomed) != 0)
+      after = After::put_back;
     entry = MagazineEntry::of(bytes_of(range.first), *run, index);
     if (me->unbiased_frees_left > 0 && --me->unbiased_frees_left == 0)
       me->live_word = SlotWord::of(SlotState::live, me->incarnation());
@@ -135,14 +139,14 @@ void AllocatorCore::park(ThreadCache& me, Run& run) noexcept {
   {
     MapSection section{map_, me};
     const RunShape shape = RunShape::load(run);
-    // R.bits - seq_cst, R.shape - acquire: alive and known to the section, as in take_from_shelf().
-    const std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
-    if ((bits & (Run::parked | Run::doomed)) != 0 || run.born.load(std::memory_order_acquire) > section.version() ||
+    // R.doomed - seq_cst, R.shape - acquire: alive and known to the section, as in take_from_shelf().
+    const std::uint32_t flags = run.flags.load(std::memory_order_seq_cst);
+    if ((flags & (Run::parked | Run::doomed)) != 0 || run.born.load(std::memory_order_acquire) > section.version() ||
         !shape.valid() || !shape.unchanged(run) || !all_free(run, shape.slots))
       return;
     base::yield_point("park.mark");
     // seq_cst: one thread parks it.
-    if ((run.bits.fetch_or(Run::parked, std::memory_order_seq_cst) & Run::parked) != 0) return;
+    if ((run.flags.fetch_or(Run::parked, std::memory_order_seq_cst) & Run::parked) != 0) return;
     // relaxed: only picks a place.
     const std::uint64_t turn = parked_next_.fetch_add(1, std::memory_order_relaxed);
     const std::uint64_t tagged = (shape.tag.generation() << 32) | arena_.id_of(&run);
@@ -157,7 +161,7 @@ void AllocatorCore::park(ThreadCache& me, Run& run) noexcept {
     if ((shape.tag.generation() << 32) >> 32 != oldest >> 32 || !shape.valid() || !shape.unchanged(leaving)) return;
     base::yield_point("park.leave");
     // seq_cst: from here on its next free parks it again.
-    leaving.bits.fetch_and(~Run::parked, std::memory_order_seq_cst);
+    leaving.flags.fetch_and(~Run::parked, std::memory_order_seq_cst);
     if (!all_free(leaving, shape.slots)) return;
     for (unsigned i = 0; i < shape.slots; ++i) {
       std::uint64_t expected = SlotWord::of(SlotState::free).raw;

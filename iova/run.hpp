@@ -10,9 +10,9 @@
 //             is closed. Without: anybody by CAS.
 //   settled   left the run for good; the map gives its units away. The intent comes first, the map follows: settle() in
 //             interval_allocator.cpp, which any thread that meets the word may finish.
-// State word of a run (Run::bits): [62] doomed: its slots are not handed out again (set for
-//   good before the run is retired) | [61] parked | [59..0] slots that
-//   are probably free. A hint: the slot's own word decides.
+// Hints of a run: `bits`, the slots that are probably free, where the slot's own word decides; `flags`: doomed (its
+// slots
+//   are not handed out again; set for good before the run is retired) and parked.
 // Transitions:  free -> hoarded | live | settled (CAS)            hoarded -> live (owner) | free, settled (CAS)
 //               live -> hoarded (owner) | hoarded, free, settled (CAS)
 // Identity: the tag names the incarnation of the object and is closed (0 slots) while its fields change. A reader
@@ -72,10 +72,9 @@ struct RunTag {
 };
 
 struct Run : VersionedObject {
-  static constexpr unsigned slots_max = 60;
-  static constexpr std::uint64_t slot_bits = (std::uint64_t{1} << slots_max) - 1;
-  static constexpr std::uint64_t doomed = std::uint64_t{1} << 62;
-  static constexpr std::uint64_t parked = std::uint64_t{1} << 61;
+  static constexpr unsigned slots_max = 64;
+  static constexpr std::uint32_t doomed = 1;
+  static constexpr std::uint32_t parked = 2;
   static constexpr std::uint32_t no_position = ~std::uint32_t{0};
 
   // Atomics because readers without a section may look while the object is made into another run; see Identity.
@@ -88,6 +87,7 @@ struct Run : VersionedObject {
   std::atomic<std::uint64_t> reciprocal;  ///< reciprocal_of(): makes the division a multiplication
   // Behind the first cache line: what only the shared level uses.
   std::atomic<std::uint64_t> bits;
+  std::atomic<std::uint32_t> flags;
   std::atomic<std::uint64_t> born;  ///< VersionedObject::birth for readers without a section
   std::atomic<std::uint32_t> slots_left;
   std::atomic<std::uint32_t> position;  ///< on the class's shelf
@@ -101,12 +101,12 @@ struct Run : VersionedObject {
   }
   static constexpr std::size_t bytes_for(unsigned slots) noexcept;
 };
-static_assert(sizeof(Run) == 88);
+static_assert(sizeof(Run) == 96);
 static_assert(sizeof(std::atomic<std::uint64_t>) == 8 && alignof(Run) == 8);
 
 /// Sizes in which runs are made; counts between are possible (bounded by what fits), sizes of objects are not.
-inline constexpr unsigned run_single_slots = (128 - sizeof(Run)) / 8;
-inline constexpr unsigned run_few_slots = (192 - sizeof(Run)) / 8;
+inline constexpr unsigned run_single_slots = 4;
+inline constexpr unsigned run_few_slots = 12;
 inline constexpr unsigned run_many_slots = Run::slots_max;
 
 constexpr std::size_t Run::bytes_for(unsigned slots) noexcept {
@@ -120,7 +120,7 @@ constexpr ObjectKind run_object_kind(unsigned slots) noexcept {
                                    : ObjectKind::run_many;
 }
 
-/// Runs of several slots have slots shorter than this, so that the reciprocal is exact: 60 * length^2 < 2^63.
+/// Runs of several slots have slots shorter than this, so that the reciprocal is exact: 64 * length^2 < 2^63.
 inline constexpr std::uint64_t multi_slot_length_max = std::uint64_t{1} << 28;
 
 /// Names a slot by the place of its word.

@@ -16,6 +16,7 @@ Run* AllocatorCore::prepare_run(const RunPlan& plan) noexcept {
   run.bytes = static_cast<std::uint16_t>(Run::bytes_for(plan.slots));
   // The tag is closed: by bury(), or because the memory is fresh.
   // W.shape - release each, pairs with R.shape: who reads one of these also finds the generation odd or newer.
+  run.flags.store(0, std::memory_order_release);
   run.slots.store(static_cast<std::uint8_t>(plan.slots), std::memory_order_release);
   run.length.store(plan.length, std::memory_order_release);
   run.reciprocal.store(reciprocal_of(plan.length, plan.slots), std::memory_order_release);
@@ -180,7 +181,7 @@ void AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
 
 void AllocatorCore::bury(ThreadCache& me, Run& run) noexcept {
   // seq_cst: sections that found the run fit for use before this announced a version that retire() respects.
-  run.bits.fetch_or(Run::doomed, std::memory_order_seq_cst);
+  run.flags.fetch_or(Run::doomed, std::memory_order_seq_cst);
   // relaxed: nobody else changes them now.
   const std::uint32_t position = run.position.load(std::memory_order_relaxed);
   const ObjectId c = run.length_class.load(std::memory_order_relaxed);

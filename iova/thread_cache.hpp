@@ -38,7 +38,7 @@ namespace iovane::iova {
 
 /// Where free() looks first: from an interval's start and length to its run.
 ///
-/// Two entries per interval: a coarse one shared by 32 neighbours of its length, for runs of many slots, and a fine one
+/// Two entries per interval: a coarse one shared by 64 neighbours of its length, for runs of many slots, and a fine one
 /// of its own. An entry's two words may belong to different runs; the run itself is checked.
 struct HintEntry {
   std::atomic<std::uint64_t> first;  ///< of the run, in bytes
@@ -46,11 +46,11 @@ struct HintEntry {
 };
 
 struct HintTable {
-  static constexpr unsigned bits = 16;
-  static constexpr unsigned coarse_log2 = 5;
+  static constexpr unsigned bits = 17;
+  static constexpr unsigned coarse_log2 = 6;
   static constexpr std::size_t index(std::uint64_t start, unsigned shift) noexcept {
     const std::uint64_t block = start >> shift;
-    return static_cast<std::size_t>((block ^ (block >> 15) ^ (std::uint64_t{shift} << 10)) &
+    return static_cast<std::size_t>((block ^ (block >> 16) ^ (std::uint64_t{shift} << 10)) &
                                     ((std::uint64_t{1} << bits) - 1));
   }
 };
