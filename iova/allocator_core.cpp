@@ -100,6 +100,8 @@ ThreadCache* AllocatorCore::take_cache() noexcept {
   }
   auto* cache = new (arena_.at<void>(id)) ThreadCache{};
   cache->index = index;
+  cache->granule_log2 = granule_log2_;
+  cache->hints = hints_.get();
   cache->unbiased_frees_next = unbiased_frees_first;
   // relaxed: published below.
   for (auto& place : cache->magazines) place.store(&no_magazine, std::memory_order_relaxed);

@@ -88,9 +88,6 @@ class AllocatorCore final : private Roster {
 
   std::uint64_t id() const noexcept { return id_; }
   Answer allocate(const AllocateRequest& request) noexcept;
-  /// The fast half of free(): a biased interval of this thread goes into its magazine. False: nothing happened, ask
-  /// free(). Takes any two addresses.
-  bool free_fast(std::uint64_t start, std::uint64_t last) noexcept;
   Answer free(UnitRange range) noexcept;
   Answer claim(UnitRange range) noexcept;
   std::optional<UnitRange> find(Unit unit) noexcept;

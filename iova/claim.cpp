@@ -52,13 +52,13 @@ Answer AllocatorCore::claim_once(ThreadCache& me, UnitRange range, bool& again) 
           if (slot == range && SlotWord{seen}.state() == SlotState::free &&
               // relaxed: does not change while the section protects the run.
               run.run_kind.load(std::memory_order_relaxed) != RunKind::irregular &&
-              // R.bits - seq_cst: see revalidate().
-              (run.bits.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
+              // R.doomed - seq_cst: see free().
+              (run.flags.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
             base::yield_point("claim.slot");
             // A.slot - acq_rel: linearization of a claim that equals a free slot.
             if (run.slot(i).compare_exchange_strong(seen, SlotWord::of(SlotState::live).raw, std::memory_order_acq_rel,
                                                     std::memory_order_acquire)) {
-              note_start(run, shape.first, shape.length, shape.slots(), range.first);
+              note_start(run, shape.first, shape.length, shape.slots, range.first);
               return claimed();
             }
           }

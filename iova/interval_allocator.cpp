@@ -144,12 +144,6 @@ Result<IovaRange> IntervalAllocator::allocate_contiguous(std::span<const Bytes> 
   return whole;
 }
 
-Result<void> IntervalAllocator::free(IovaRange range) noexcept {
-  if (core_->free_fast(range.start.value, range.last.value)) [[likely]]
-    return {};
-  return free_slow(range);
-}
-
 Result<void> IntervalAllocator::free_slow(IovaRange range) noexcept {
   const auto units = to_units(range, granule_log2_);
   if (!units) [[unlikely]]

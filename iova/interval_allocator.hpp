@@ -11,10 +11,8 @@
 #include <span>
 #include <vector>
 
-#include "base/asymmetric_barrier.hpp"
-#include "base/yield_point.hpp"
 #include "iova/extent_tree.hpp"
-#include "iova/thread_cache.hpp"
+#include "iova/fast_paths.hpp"
 #include "iova/thread_slots.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
@@ -123,39 +121,24 @@ class IntervalAllocator {
   unsigned granule_log2_;
 };
 
-// The pop, inline: AllocatorCore::pop() has the same steps and their explanation.
 inline Result<IovaRange> IntervalAllocator::allocate(Bytes length, const AllocateOptions& options) noexcept {
   const std::uint64_t align = options.align.value;
   const bool plain =
       options.ceiling == iova_max && (align == 0 || ((align & (align - 1)) | (length.value & (align - 1))) == 0);
   const auto quick = id_ % ThreadSlots::quick;
-  if (!plain || thread_slots.allocator_id[quick] != id_) [[unlikely]]
-    return allocate_slow(length, options);
-  ThreadCache& me = *thread_slots.cache[quick];
-  // relaxed: only the owner writes the place.
-  Magazine& magazine = *me.magazines[place_of_length(length.value >> granule_log2_)].load(std::memory_order_relaxed);
-  const std::uint32_t n = magazine.size();
-  // relaxed: only the owner writes it.
-  if (magazine.length.load(std::memory_order_relaxed) != length.value || n == 0) [[unlikely]]
-    return allocate_slow(length, options);
-  const MagazineEntry entry = magazine.entries[n - 1];
-  base::yield_point("pop.announce");
-  base::announce_fast(me.busy, entry.word);
-  base::yield_point("pop.check");
-  // R.state - seq_cst: the owner's load of the handshake (thread_cache.hpp, I1).
-  if (me.state.load(std::memory_order_seq_cst) != magazine.incarnation.raw) [[unlikely]] {
-    // W.idle - release, pairs with R.busy.
-    me.busy.store(nullptr, std::memory_order_release);
-    return allocate_slow(length, options);
+  if (plain && thread_slots.allocator_id[quick] == id_) [[likely]] {
+    if (const auto start = pop_fast(*thread_slots.cache[quick], length.value)) [[likely]]
+      return IovaRange{Iova{*start}, Iova{*start + (length.value - 1)}};
   }
-  base::yield_point("pop.live");
-  // W.slot - release: linearization of an allocation by magazine.
-  entry.word->store(me.live_word.raw, std::memory_order_release);
-  magazine.resize(n - 1);
-  base::yield_point("pop.idle");
-  // W.idle - release, pairs with R.busy: who finds the announcement gone finds the slot live.
-  me.busy.store(nullptr, std::memory_order_release);
-  return IovaRange{Iova{entry.start()}, Iova{entry.start() + (length.value - 1)}};
+  return allocate_slow(length, options);
+}
+
+inline Result<void> IntervalAllocator::free(IovaRange range) noexcept {
+  const auto quick = id_ % ThreadSlots::quick;
+  if (thread_slots.allocator_id[quick] == id_ &&
+      push_fast(*thread_slots.cache[quick], range.start.value, range.last.value)) [[likely]]
+    return {};
+  return free_slow(range);
 }
 
 }  // namespace iovane::iova

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "base/checked_math.hpp"
 #include "base/yield_point.hpp"
 #include "iova/allocator_core.hpp"
 
@@ -40,7 +41,7 @@ Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId c
     const ObjectId id = arena_.allocate(ObjectKind::magazine, sizeof(Magazine));
     if (id == 0) return nullptr;
     magazine = new (arena_.at<void>(id)) Magazine{};
-    magazine->incarnation = me.incarnation();
+    magazine->adopt(me.incarnation());
   }
   if (magazine->class_id != class_id) {
     // Another class used the place: its entries go back to their runs.
@@ -57,8 +58,8 @@ Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId c
     magazine->class_id = class_id;
     magazine->length_class = class_at(class_id);
     const std::uint64_t length = key.length();
-    magazine->reciprocal = reciprocal_of(length, run_many_slots);
-    magazine->coarse_reach = length >= multi_slot_length_max ? 0 : length * (Run::slots_max - 1);
+    // Of the length in bytes, which is at least 2^12. Not exact for very long ones: push_fast() checks what it finds.
+    magazine->reciprocal = ~std::uint64_t{0} / bytes_of(length) + 1;
     magazine->fine_shift = floor_log2(length) + granule_log2_;
     magazine->coarse_shift = std::min(magazine->fine_shift + HintTable::coarse_log2, 63U);
     magazine->capacity = capacity_for(*magazine->length_class);
@@ -90,14 +91,14 @@ void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
                                                           std::memory_order_relaxed))
       magazine.entries[kept++] = magazine.entries[i];
   }
-  magazine.incarnation = me.incarnation();
+  magazine.adopt(me.incarnation());
   bump(magazine.intake, static_cast<std::int64_t>(kept) - static_cast<std::int64_t>(had));
   magazine.resize(kept);
   // A doomed run's slots are not handed out again. They are rare: sort them out one by one.
   for (unsigned i = 0; i < magazine.size();) {
     const MagazineEntry entry = magazine.entries[i];
-    // R.bits - seq_cst: set_usable() dooms runs before it closes incarnations.
-    if ((entry.run().bits.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
+    // R.doomed - seq_cst: set_usable() dooms runs before it closes incarnations.
+    if ((entry.run().flags.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
       ++i;
       continue;
     }
@@ -120,8 +121,7 @@ void AllocatorCore::note_free_slots(ThreadCache& me, Run& run, std::uint64_t mas
   LengthClass& length_class = *class_at(c);
   // relaxed: a statistic.
   length_class.slots_free.fetch_add(static_cast<unsigned>(std::popcount(mask & ~before)), std::memory_order_relaxed);
-  if ((before & Run::slot_bits) == 0 && (before & Run::doomed) == 0 && position != Run::no_position)
-    length_class.shelf.set_ready(arena_, position);
+  if (before == 0 && position != Run::no_position) length_class.shelf.set_ready(arena_, position);
   static_cast<void>(me);
 }
 
@@ -145,11 +145,11 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
       }
       if (mask == 0) continue;
       note_free_slots(me, run, mask);
-      // R.bits - seq_cst: see revalidate().
+      // R.doomed - seq_cst: see free().
+      const bool doomed = (run.flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
+      // R.bits - seq_cst: as in note_free_slots().
       const std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
-      const bool doomed = (bits & Run::doomed) != 0;
-      const bool full = static_cast<unsigned>(std::popcount(bits & Run::slot_bits)) ==
-                        RunTag{run.tag.load(std::memory_order_relaxed)}.slots();
+      const bool full = static_cast<unsigned>(std::popcount(bits)) == run.slots.load(std::memory_order_relaxed);
       if ((doomed || full) && idle_count < idle_max) idle[idle_count++] = &run;
     }
   }
@@ -169,16 +169,17 @@ void AllocatorCore::retire_if_idle(ThreadCache& me, Run& run) noexcept {
   {
     MapSection section{map_, me};
     // relaxed: hints; the slots' words decide.
-    const unsigned slots = RunTag{run.tag.load(std::memory_order_relaxed)}.slots();
+    const unsigned slots = run.slots.load(std::memory_order_relaxed);
     const ObjectId c = run.length_class.load(std::memory_order_relaxed);
-    // R.bits - seq_cst: see revalidate().
+    // R.bits - seq_cst: as in note_free_slots().
     std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
+    // R.doomed - seq_cst: see free().
+    const bool doomed = (run.flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
     // R.shape - acquire: the run is in this section's version or later, so the section protects what follows.
-    if (!RunTag{run.tag.load(std::memory_order_acquire)}.valid()) return;
+    if (RunTag{run.tag.load(std::memory_order_acquire)}.slots() == 0) return;
     if (run.born.load(std::memory_order_acquire) > section.version()) return;
-    const bool doomed = (bits & Run::doomed) != 0;
     if (!doomed) {
-      if (c == 0 || static_cast<unsigned>(std::popcount(bits & Run::slot_bits)) != slots) return;
+      if (c == 0 || static_cast<unsigned>(std::popcount(bits)) != slots) return;
       const LengthClass& length_class = *class_at(c);
       const std::uint64_t length = length_class.key.length();
       // relaxed: statistics.
@@ -188,7 +189,7 @@ void AllocatorCore::retire_if_idle(ThreadCache& me, Run& run) noexcept {
       if (length_class.slots_free.load(std::memory_order_relaxed) <= keep) return;
       base::yield_point("run.retire");
       // A.bits - seq_cst: nobody finds free slots here any more; who has taken some already keeps them.
-      if (!run.bits.compare_exchange_strong(bits, bits & ~Run::slot_bits, std::memory_order_seq_cst)) return;
+      if (!run.bits.compare_exchange_strong(bits, 0, std::memory_order_seq_cst)) return;
       // relaxed: a statistic.
       class_at(c)->slots_free.fetch_sub(slots, std::memory_order_relaxed);
     }
@@ -216,13 +217,18 @@ bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigne
     // R.shape - acquire.
     if (run.born.load(std::memory_order_acquire) > section.version()) section.renew();
     const bool ours = run.length_class.load(std::memory_order_acquire) == magazine.class_id;
-    // R.bits - seq_cst: not doomed now, so the section's version is below what bury() stamps; see era.hpp.
     std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
+    // R.doomed - seq_cst: not doomed now, so the section's version is below what bury() stamps; see era.hpp.
+    const bool doomed = (run.flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
     if (!ours || !shape.valid() || !shape.unchanged(run)) continue;
+    if (doomed) {
+      c.shelf.clear_ready(arena_, found->position);
+      continue;
+    }
     std::uint64_t taken = 0;
-    while ((bits & Run::slot_bits) != 0 && (bits & Run::doomed) == 0) {
+    while (bits != 0) {
       taken = 0;
-      std::uint64_t left = bits & Run::slot_bits;
+      std::uint64_t left = bits;
       for (unsigned n = 0; n < want && left != 0; ++n) {
         const std::uint64_t one = direction_ == Direction::bottom_up ? left & -left : std::bit_floor(left);
         taken |= one;
@@ -236,12 +242,11 @@ bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigne
       }
       taken = 0;  // lock-free: another thread changed the word
     }
-    if ((bits & Run::slot_bits) == 0) {
+    if (bits == 0) {
       c.shelf.clear_ready(arena_, found->position);
       base::yield_point("run.recheck");
       // R.bits - seq_cst: slots freed since then set the shelf's bit themselves, or we do.
-      const std::uint64_t again = run.bits.load(std::memory_order_seq_cst);
-      if ((again & Run::slot_bits) != 0 && (again & Run::doomed) == 0 && shape.unchanged(run))
+      if (run.bits.load(std::memory_order_seq_cst) != 0 && shape.unchanged(run))
         c.shelf.set_ready(arena_, found->position);
     }
     if (taken == 0) continue;
@@ -266,7 +271,7 @@ bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigne
     }
     bump(magazine.intake, std::int64_t{got});
     if (got == 0) continue;
-    note_start(run, shape.first, shape.length, shape.slots(), shape.slot_range(index_of_last).first);
+    note_start(run, shape.first, shape.length, shape.slots, shape.slot_range(index_of_last).first);
     return true;
   }
   return false;
@@ -280,11 +285,16 @@ bool AllocatorCore::refill(ThreadCache& me, Magazine& magazine, Unit last_max) n
   if (take_from_shelf(me, magazine, want)) return true;
   // relaxed: a statistic.
   unsigned slots = c.key.over_aligned() ? 1 : run_slots_for(c.key.length(), c.slots.load(std::memory_order_relaxed));
+  bool unaligned = false;
   for (;;) {
     const unsigned first_count = std::min(slots, want);
+    // Large runs of a power of two begin where their hints' blocks do, so that each has one hint; if there is no such
+    // place, anywhere that suits the slots.
+    const bool hint_aligned = slots == run_many_slots && !unaligned && base::is_power_of_two(c.key.length());
+    const unsigned align_log2 = c.key.align_log2() + (hint_aligned ? floor_log2(slots) : 0);
     const MadeRun made = make_run(me, {.length = c.key.length(),
                                        .slots = slots,
-                                       .align_log2 = c.key.align_log2(),
+                                       .align_log2 = align_log2,
                                        .last_max = last_max,
                                        .kind = RunKind::shelved,
                                        .length_class = magazine.class_id,
@@ -301,6 +311,10 @@ bool AllocatorCore::refill(ThreadCache& me, Magazine& magazine, Unit last_max) n
       }
       bump(magazine.intake, std::int64_t{first_count});
       return true;
+    }
+    if (hint_aligned) {
+      unaligned = true;
+      continue;
     }
     if (slots == 1) return false;
     slots = slots > run_few_slots ? run_few_slots : slots > run_single_slots ? run_single_slots : 1;

@@ -7,62 +7,6 @@
 
 namespace iovane::iova {
 
-bool AllocatorCore::free_fast(std::uint64_t start, std::uint64_t last) noexcept {
-  const auto quick = id_ % ThreadSlots::quick;
-  if (thread_slots.allocator_id[quick] != id_) return false;
-  ThreadCache& me = *thread_slots.cache[quick];
-  const std::uint64_t length = last - start + 1;
-  // relaxed: only the owner writes the place.
-  Magazine& magazine = *me.magazines[place_of_length(length >> granule_log2_)].load(std::memory_order_relaxed);
-  const std::uint32_t n = magazine.size();
-  // relaxed: only the owner writes it.
-  if (magazine.length.load(std::memory_order_relaxed) != length || n >= magazine.capacity) return false;
-
-  // The slot's word by the hint alone, so that its cache miss and the run's overlap.
-  const HintEntry* entry = &hints_[HintTable::index(start, magazine.coarse_shift)];
-  // relaxed: hints.
-  std::uint64_t offset = (start - entry->first.load(std::memory_order_relaxed)) >> granule_log2_;
-  unsigned index = RunShape::slot_at(offset, magazine.reciprocal);
-  if (index >= Run::slots_max || offset > magazine.coarse_reach) {
-    entry = &hints_[HintTable::index(start, magazine.fine_shift)];
-    offset = (start - entry->first.load(std::memory_order_relaxed)) >> granule_log2_;
-    index = RunShape::slot_at(offset, magazine.reciprocal);
-    if (index >= Run::slots_max || offset > magazine.coarse_reach) return false;
-  }
-  Run* const run = entry->run.load(std::memory_order_relaxed);
-  if (run == nullptr) return false;
-  const SlotWordPtr word = &run->slot(index);
-
-  base::yield_point("free.announce");
-  base::announce_fast(me.busy, word);
-  base::yield_point("free.check");
-  // R.shape - acquire.
-  const RunTag tag{run->tag.load(std::memory_order_acquire)};
-  // R.state - seq_cst: the owner's load of the handshake (thread_cache.hpp, I1).
-  const std::uint64_t state = me.state.load(std::memory_order_seq_cst);
-  // R.slot - acquire: a slot that is live and biased to us stays so until we change it, and its run with it. An
-  // unchanged tag proves that word and fields belong to one run.
-  const std::uint64_t seen = word->load(std::memory_order_acquire);
-  const bool ours = state == magazine.incarnation.raw &&
-                    seen == SlotWord::of(SlotState::live, magazine.incarnation).raw && tag.valid() &&
-                    index < tag.slots() &&
-                    bytes_of(run->first.load(std::memory_order_acquire)) + index * length == start &&
-                    run->length_class.load(std::memory_order_acquire) == magazine.class_id &&
-                    // relaxed: the acquire loads before it keep it last.
-                    run->tag.load(std::memory_order_relaxed) == tag.raw;
-  if (ours) [[likely]] {
-    base::yield_point("free.hoard");
-    // W.slot - release: linearization of a free into a magazine.
-    word->store(SlotWord::of(SlotState::hoarded, magazine.incarnation).raw, std::memory_order_release);
-    magazine.entries[n] = {start | index, word};
-    magazine.resize(n + 1);
-  }
-  base::yield_point("free.idle");
-  // W.idle - release, pairs with R.busy: who finds the announcement gone finds the slot hoarded.
-  me.busy.store(nullptr, std::memory_order_release);
-  return ours;
-}
-
 // A run that may hold the interval, by the hints.
 Run* AllocatorCore::hinted_run(std::uint64_t start, std::uint64_t length) const noexcept {
   const unsigned fine = floor_log2(length);
@@ -107,7 +51,7 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
       run = locate(section, range.first);
       if (run == nullptr) return {Outcome::not_live};
       shape = RunShape::load(*run);
-      note_start(*run, shape.first, shape.length, shape.slots(), range.first);
+      note_start(*run, shape.first, shape.length, shape.slots, range.first);
     }
     const unsigned index = shape.slot_of(range.first);
     const UnitRange interval = shape.slot_range(index);
@@ -119,8 +63,7 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
       if (now.state() != SlotState::live) return {Outcome::not_live};
       if (interval != range) return {Outcome::partial, interval};
       if (!close_unless_mine(*me, now.owner(), word)) return {Outcome::contended, interval};
-      // R.bits - seq_cst: see revalidate().
-      const bool doomed = (run->bits.load(std::memory_order_seq_cst) & Run::doomed) != 0;
+      const bool doomed = (run->flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
       // relaxed: neither changes while the section protects the run.
       const RunKind kind = run->run_kind.load(std::memory_order_relaxed);
       class_id = run->length_class.load(std::memory_order_relaxed);
@@ -137,9 +80,14 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
         next = SlotWord::of(SlotState::hoarded, owner);
       }
       base::yield_point("free.retire");
-      // A.slot - acq_rel: linearization of a free that is not into a magazine at once.
-      if (word->compare_exchange_weak(seen, next.raw, std::memory_order_acq_rel, std::memory_order_acquire)) break;
+      // A.slot - linearization of a free that is not into a magazine at once.
+      // seq_cst: with the look at the flags behind it, the handshake with set_usable(), which sets the flag and then
+      // looks at the word: it finds the slot hoarded and takes it, or we find the run doomed.
+      if (word->compare_exchange_weak(seen, next.raw, std::memory_order_seq_cst, std::memory_order_acquire)) break;
     }
+    // R.doomed - seq_cst: as above.
+    if (after == After::stow && (run->flags.load(std::memory_order_seq_cst) & Run::doomed) != 0)
+      after = After::put_back;
     entry = MagazineEntry::of(bytes_of(range.first), *run, index);
     if (me->unbiased_frees_left > 0 && --me->unbiased_frees_left == 0)
       me->live_word = SlotWord::of(SlotState::live, me->incarnation());
@@ -191,14 +139,14 @@ void AllocatorCore::park(ThreadCache& me, Run& run) noexcept {
   {
     MapSection section{map_, me};
     const RunShape shape = RunShape::load(run);
-    // R.bits - seq_cst, R.shape - acquire: alive and known to the section, as in take_from_shelf().
-    const std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
-    if ((bits & (Run::parked | Run::doomed)) != 0 || run.born.load(std::memory_order_acquire) > section.version() ||
-        !shape.valid() || !shape.unchanged(run) || !all_free(run, shape.slots()))
+    // R.doomed - seq_cst, R.shape - acquire: alive and known to the section, as in take_from_shelf().
+    const std::uint32_t flags = run.flags.load(std::memory_order_seq_cst);
+    if ((flags & (Run::parked | Run::doomed)) != 0 || run.born.load(std::memory_order_acquire) > section.version() ||
+        !shape.valid() || !shape.unchanged(run) || !all_free(run, shape.slots))
       return;
     base::yield_point("park.mark");
     // seq_cst: one thread parks it.
-    if ((run.bits.fetch_or(Run::parked, std::memory_order_seq_cst) & Run::parked) != 0) return;
+    if ((run.flags.fetch_or(Run::parked, std::memory_order_seq_cst) & Run::parked) != 0) return;
     // relaxed: only picks a place.
     const std::uint64_t turn = parked_next_.fetch_add(1, std::memory_order_relaxed);
     const std::uint64_t tagged = (shape.tag.generation() << 32) | arena_.id_of(&run);
@@ -213,9 +161,9 @@ void AllocatorCore::park(ThreadCache& me, Run& run) noexcept {
     if ((shape.tag.generation() << 32) >> 32 != oldest >> 32 || !shape.valid() || !shape.unchanged(leaving)) return;
     base::yield_point("park.leave");
     // seq_cst: from here on its next free parks it again.
-    leaving.bits.fetch_and(~Run::parked, std::memory_order_seq_cst);
-    if (!all_free(leaving, shape.slots())) return;
-    for (unsigned i = 0; i < shape.slots(); ++i) {
+    leaving.flags.fetch_and(~Run::parked, std::memory_order_seq_cst);
+    if (!all_free(leaving, shape.slots)) return;
+    for (unsigned i = 0; i < shape.slots; ++i) {
       std::uint64_t expected = SlotWord::of(SlotState::free).raw;
       // A.slot - acq_rel: free -> settled.
       leaving.slot(i).compare_exchange_strong(expected, SlotWord::of(SlotState::settled).raw, std::memory_order_acq_rel,

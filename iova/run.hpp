@@ -10,14 +10,14 @@
 //             is closed. Without: anybody by CAS.
 //   settled   left the run for good; the map gives its units away. The intent comes first, the map follows: settle() in
 //             interval_allocator.cpp, which any thread that meets the word may finish.
-// State word of a run (Run::bits): [62] doomed: its slots are not handed out again (set for
-//   good before the run is retired) | [61] parked | [59..0] slots that
-//   are probably free. A hint: the slot's own word decides.
+// Hints of a run: `bits`, the slots that are probably free, where the slot's own word decides; `flags`: doomed (its
+// slots
+//   are not handed out again; set for good before the run is retired) and parked.
 // Transitions:  free -> hoarded | live | settled (CAS)            hoarded -> live (owner) | free, settled (CAS)
 //               live -> hoarded (owner) | hoarded, free, settled (CAS)
-// Identity: the tag's generation is even while the run means what its fields say and odd while they change. A reader
-// without a
-//   section loads it, the fields and a slot's word, and loads it again: unchanged and even proves they belong together.
+// Identity: the tag names the incarnation of the object and is closed (0 slots) while its fields change. A reader
+//   without a section loads the tag, the fields and a slot's word, and the tag again: open and unchanged proves that
+//   they belong together. A reader in a section that got the run from the section's map needs no tag.
 // Reclamation: era.hpp. `slots_left` counts slots that the map still gives to the run; who takes the last one retires
 // it.
 #pragma once
@@ -60,20 +60,21 @@ enum class RunKind : std::uint8_t {
   irregular,  ///< fits no class: a freed slot leaves the run
 };
 
-/// [63..8] generation | [7..0] slots.
+/// [63..8] generation | [7..0] slots, 0 while the fields change.
 struct RunTag {
   std::uint64_t raw = 0;
-  static constexpr RunTag of(std::uint64_t generation, unsigned slots) noexcept { return {(generation << 8) | slots}; }
+  static constexpr RunTag closed(std::uint64_t generation) noexcept { return {generation << 8}; }
+  static constexpr RunTag open(std::uint64_t generation, unsigned slots) noexcept {
+    return {(generation << 8) | slots};
+  }
   constexpr std::uint64_t generation() const noexcept { return raw >> 8; }
   constexpr unsigned slots() const noexcept { return static_cast<unsigned>(raw & 0xff); }
-  constexpr bool valid() const noexcept { return (raw & 0x100) == 0 && slots() != 0; }
 };
 
 struct Run : VersionedObject {
-  static constexpr unsigned slots_max = 60;
-  static constexpr std::uint64_t slot_bits = (std::uint64_t{1} << slots_max) - 1;
-  static constexpr std::uint64_t doomed = std::uint64_t{1} << 62;
-  static constexpr std::uint64_t parked = std::uint64_t{1} << 61;
+  static constexpr unsigned slots_max = 64;
+  static constexpr std::uint32_t doomed = 1;
+  static constexpr std::uint32_t parked = 2;
   static constexpr std::uint32_t no_position = ~std::uint32_t{0};
 
   // Atomics because readers without a section may look while the object is made into another run; see Identity.
@@ -82,9 +83,11 @@ struct Run : VersionedObject {
   std::atomic<std::uint64_t> length;   ///< units per slot
   std::atomic<ObjectId> length_class;  ///< 0 unless shelved
   std::atomic<RunKind> run_kind;
+  std::atomic<std::uint8_t> slots;        ///< also while the tag is closed
   std::atomic<std::uint64_t> reciprocal;  ///< reciprocal_of(): makes the division a multiplication
   // Behind the first cache line: what only the shared level uses.
   std::atomic<std::uint64_t> bits;
+  std::atomic<std::uint32_t> flags;
   std::atomic<std::uint64_t> born;  ///< VersionedObject::birth for readers without a section
   std::atomic<std::uint32_t> slots_left;
   std::atomic<std::uint32_t> position;  ///< on the class's shelf
@@ -98,12 +101,12 @@ struct Run : VersionedObject {
   }
   static constexpr std::size_t bytes_for(unsigned slots) noexcept;
 };
-static_assert(sizeof(Run) == 88);
+static_assert(sizeof(Run) == 96);
 static_assert(sizeof(std::atomic<std::uint64_t>) == 8 && alignof(Run) == 8);
 
 /// Sizes in which runs are made; counts between are possible (bounded by what fits), sizes of objects are not.
-inline constexpr unsigned run_single_slots = (128 - sizeof(Run)) / 8;
-inline constexpr unsigned run_few_slots = (192 - sizeof(Run)) / 8;
+inline constexpr unsigned run_single_slots = 4;
+inline constexpr unsigned run_few_slots = 12;
 inline constexpr unsigned run_many_slots = Run::slots_max;
 
 constexpr std::size_t Run::bytes_for(unsigned slots) noexcept {
@@ -117,7 +120,7 @@ constexpr ObjectKind run_object_kind(unsigned slots) noexcept {
                                    : ObjectKind::run_many;
 }
 
-/// Runs of several slots have slots shorter than this, so that the reciprocal is exact: 60 * length^2 < 2^63.
+/// Runs of several slots have slots shorter than this, so that the reciprocal is exact: 64 * length^2 < 2^63.
 inline constexpr std::uint64_t multi_slot_length_max = std::uint64_t{1} << 28;
 
 /// Names a slot by the place of its word.
@@ -128,6 +131,7 @@ __extension__ using Wide = unsigned __int128;
 /// What a run's fields said at one moment.
 struct RunShape {
   RunTag tag;
+  unsigned slots;
   Unit first;
   std::uint64_t length;
   std::uint64_t reciprocal;
@@ -135,16 +139,16 @@ struct RunShape {
   static RunShape load(const Run& run) noexcept {
     // R.shape - acquire, pairs with W.shape: each load stays before the next, and a value of a later incarnation brings
     // the odd generation with it, which unchanged() sees.
-    return {RunTag{run.tag.load(std::memory_order_acquire)}, run.first.load(std::memory_order_acquire),
-            run.length.load(std::memory_order_acquire), run.reciprocal.load(std::memory_order_acquire)};
+    return {RunTag{run.tag.load(std::memory_order_acquire)}, run.slots.load(std::memory_order_acquire),
+            run.first.load(std::memory_order_acquire), run.length.load(std::memory_order_acquire),
+            run.reciprocal.load(std::memory_order_acquire)};
   }
-  constexpr bool valid() const noexcept { return tag.valid(); }
-  constexpr unsigned slots() const noexcept { return tag.slots(); }
+  constexpr bool valid() const noexcept { return tag.slots() != 0; }
   bool unchanged(const Run& run) const noexcept {
     // relaxed: the acquire loads before it keep it last.
     return run.tag.load(std::memory_order_relaxed) == tag.raw;
   }
-  constexpr UnitRange range() const noexcept { return {first, first + slots() * length - 1}; }
+  constexpr UnitRange range() const noexcept { return {first, first + slots * length - 1}; }
   /// Precondition: range().contains(unit).
   constexpr unsigned slot_of(Unit unit) const noexcept { return slot_at(unit - first, reciprocal); }
   constexpr UnitRange slot_range(unsigned slot) const noexcept {

@@ -14,10 +14,10 @@ Run* AllocatorCore::prepare_run(const RunPlan& plan) noexcept {
   Run& run = *arena_.at<Run>(id);
   run.kind = run_object_kind(plan.slots);
   run.bytes = static_cast<std::uint16_t>(Run::bytes_for(plan.slots));
-  // relaxed: the object is ours; bury() left the generation odd, in fresh memory it is 0.
-  const RunTag left{run.tag.load(std::memory_order_relaxed)};
-  run.tag.store(RunTag::of(left.generation() | 1, plan.slots).raw, std::memory_order_relaxed);
+  // The tag is closed: by bury(), or because the memory is fresh.
   // W.shape - release each, pairs with R.shape: who reads one of these also finds the generation odd or newer.
+  run.flags.store(0, std::memory_order_release);
+  run.slots.store(static_cast<std::uint8_t>(plan.slots), std::memory_order_release);
   run.length.store(plan.length, std::memory_order_release);
   run.reciprocal.store(reciprocal_of(plan.length, plan.slots), std::memory_order_release);
   run.slots_left.store(plan.slots, std::memory_order_release);
@@ -95,9 +95,9 @@ AllocatorCore::MadeRun AllocatorCore::make_run(ThreadCache& me, const RunPlan& p
     section.renew();
   }
   base::yield_point("run.open");
-  // W.open - release, pairs with R.shape: the generation becomes even after the commit, so readers without a section
-  // never trust a run that the map does not have. It fails if the run was buried already.
-  run->tag.compare_exchange_strong(tag, RunTag::of(RunTag{tag}.generation() + 1, plan.slots).raw,
+  // W.open - release, pairs with R.shape: the tag opens after the commit, so readers without a section never trust a
+  // run that the map does not have. It fails if the run was buried already.
+  run->tag.compare_exchange_strong(tag, RunTag::open(RunTag{tag}.generation(), plan.slots).raw,
                                    std::memory_order_release, std::memory_order_relaxed);
   // relaxed: statistics.
   run_units_.fetch_add(units, std::memory_order_relaxed);
@@ -127,7 +127,7 @@ void AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
     std::array<UnitRange, ranges_max> ranges;
     unsigned count = 0;
     unsigned slots = 0;
-    for (unsigned i = 0; i < shape.slots() && i < Run::slots_max; ++i) {
+    for (unsigned i = 0; i < shape.slots && i < Run::slots_max; ++i) {
       const UnitRange range = shape.slot_range(i);
       if (range.first > range.last || range.last > tree.last()) break;  // being made into another run
       // From here a wrong shape does no harm: if the map gives any of its units to this run, it is the right one.
@@ -181,17 +181,17 @@ void AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
 
 void AllocatorCore::bury(ThreadCache& me, Run& run) noexcept {
   // seq_cst: sections that found the run fit for use before this announced a version that retire() respects.
-  run.bits.fetch_or(Run::doomed, std::memory_order_seq_cst);
+  run.flags.fetch_or(Run::doomed, std::memory_order_seq_cst);
   // relaxed: nobody else changes them now.
   const std::uint32_t position = run.position.load(std::memory_order_relaxed);
   const ObjectId c = run.length_class.load(std::memory_order_relaxed);
   if (position != Run::no_position) class_at(c)->shelf.remove(arena_, position);
   // relaxed: the value to start from.
   std::uint64_t tag = run.tag.load(std::memory_order_relaxed);
-  // W.closed - release, pairs with R.shape: readers without a section see the run end. To the next odd number, so that
-  // a maker that was stopped before W.open does not open the object's next incarnation. Repeats at most once: only that
+  // W.closed - release, pairs with R.shape: readers without a section see the run end. The next generation, so that a
+  // maker that was stopped before W.open does not open the object's next incarnation. Repeats at most once: only that
   // maker changes it too.
-  while (!run.tag.compare_exchange_weak(tag, RunTag::of((RunTag{tag}.generation() + 1) | 1, RunTag{tag}.slots()).raw,
+  while (!run.tag.compare_exchange_weak(tag, RunTag::closed(RunTag{tag}.generation() + 1).raw,
                                         std::memory_order_release, std::memory_order_relaxed)) {
   }
   base::yield_point("run.bury");

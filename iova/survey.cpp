@@ -187,18 +187,18 @@ Answer AllocatorCore::set_usable(std::span<const UnitRange> windows, std::vector
           run = arena_.at<Run>(there.value.run_id());
           const RunShape shape = RunShape::load(*run);
           // seq_cst: before its slots' incarnations are closed, so that whoever works on one by CAS sees it.
-          run->bits.fetch_or(Run::doomed, std::memory_order_seq_cst);
+          run->flags.fetch_or(Run::doomed, std::memory_order_seq_cst);
           const unsigned last_index = shape.slot_of(there.range.last);
           for (unsigned i = shape.slot_of(there.range.first); i <= last_index; ++i) {
             const SlotWordPtr slot = &run->slot(i);
             const Eviction result = evict(*me, slot);
-            if (result != Eviction::live) continue;
-            // R.slot - acquire. From now on it is freed by CAS, and so leaves the run.
+            if (result == Eviction::gone) continue;
+            // R.slot - acquire. From now on it is freed by CAS, and so leaves the run. A slot that its thread is just
+            // handing out or taking back counts as live; that thread finds its incarnation closed and the run doomed.
             const SlotWord word{slot->load(std::memory_order_acquire)};
             close_incarnation(*me, word.owner(), slot, false);
             const UnitRange interval = shape.slot_range(i);
-            if (word.state() == SlotState::live && interval.overlaps(hole) &&
-                (stranded.empty() || stranded.back() != interval))
+            if (interval.overlaps(hole) && (stranded.empty() || stranded.back() != interval))
               stranded.push_back(interval);
           }
         }

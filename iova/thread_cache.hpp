@@ -36,6 +36,25 @@
 
 namespace iovane::iova {
 
+/// Where free() looks first: from an interval's start and length to its run.
+///
+/// Two entries per interval: a coarse one shared by 64 neighbours of its length, for runs of many slots, and a fine one
+/// of its own. An entry's two words may belong to different runs; the run itself is checked.
+struct HintEntry {
+  std::atomic<std::uint64_t> first;  ///< of the run, in bytes
+  std::atomic<Run*> run;
+};
+
+struct HintTable {
+  static constexpr unsigned bits = 17;
+  static constexpr unsigned coarse_log2 = 6;
+  static constexpr std::size_t index(std::uint64_t start, unsigned shift) noexcept {
+    const std::uint64_t block = start >> shift;
+    return static_cast<std::size_t>((block ^ (block >> 16) ^ (std::uint64_t{shift} << 10)) &
+                                    ((std::uint64_t{1} << bits) - 1));
+  }
+};
+
 /// A hoarded slot. Addresses are in bytes here, so that the fast paths need not convert; a granule's 12 low bits hold
 /// the slot's index in its run.
 struct MagazineEntry {
@@ -51,21 +70,29 @@ struct MagazineEntry {
   Run& run() const noexcept { return *(reinterpret_cast<Run*>(word - index()) - 1); }
 };
 
+inline constexpr std::uint64_t live_to_hoarded =
+    static_cast<std::uint64_t>(SlotState::live) ^ static_cast<std::uint64_t>(SlotState::hoarded);
+
 struct alignas(64) Magazine : ArenaObject {
   static constexpr unsigned entries_max = 64;
-  std::atomic<std::uint32_t> count;  ///< written by the owner, read for statistics
-  std::uint32_t capacity;            ///< below entries_max, so that one more always has room
-  ObjectId class_id;
+  std::atomic<std::uint32_t> count;   ///< written by the owner, read for statistics
   std::atomic<std::uint64_t> length;  ///< bytes, 0: in nobody's use
   Incarnation incarnation;            ///< whose the entries are
-  std::uint64_t reciprocal;           ///< reciprocal_of() the length in units, for runs of several slots
-  std::uint64_t coarse_reach;         ///< no slot begins farther than this from its run's start, in units
-  std::uint32_t coarse_shift;         ///< see HintTable
+  std::uint64_t live_raw;             ///< a slot's word that is live and biased to `incarnation`
+  std::uint64_t reciprocal;           ///< 2^64 / length rounded up
+  std::uint32_t capacity;             ///< below entries_max, so that one more always has room
+  ObjectId class_id;
+  std::uint32_t coarse_shift;  ///< see HintTable
   std::uint32_t fine_shift;
+  // Behind the first cache line: the entries, and what only the shared level uses.
+  MagazineEntry entries[entries_max];
   std::atomic<std::int64_t> intake;  ///< entries from runs less entries to runs: intake - count are live, net
   LengthClass* length_class;
-  MagazineEntry entries[entries_max];
 
+  void adopt(Incarnation i) noexcept {
+    incarnation = i;
+    live_raw = SlotWord::of(SlotState::live, i).raw;
+  }
   std::uint32_t size() const noexcept {
     // relaxed: only the owner writes it.
     return count.load(std::memory_order_relaxed);
@@ -87,6 +114,8 @@ struct alignas(64) ThreadCache : ArenaObject, Participant {
   std::atomic<std::uint64_t> state;
   std::atomic<SlotWordPtr> busy;  ///< the slot being changed, null for none
   SlotWord live_word;             ///< what a slot that this thread hands out says
+  std::uint32_t granule_log2;
+  const HintEntry* hints;
   std::uint32_t index;
   std::atomic<std::uint32_t> owned;            ///< 1 while a thread has it
   std::atomic<std::uint32_t> freed_by_others;  ///< this incarnation was closed to free a biased interval
@@ -106,24 +135,5 @@ inline void bump(std::atomic<T>& counter, T by) noexcept {
   // relaxed: one writer; readers want a number of some moment.
   counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
 }
-
-/// Where free() looks first: from an interval's start and length to its run.
-///
-/// Two entries per interval: a coarse one shared by 32 neighbours of its length, for runs of many slots, and a fine one
-/// of its own. An entry's two words may belong to different runs; the run itself is checked.
-struct HintEntry {
-  std::atomic<std::uint64_t> first;  ///< of the run, in bytes
-  std::atomic<Run*> run;
-};
-
-struct HintTable {
-  static constexpr unsigned bits = 16;
-  static constexpr unsigned coarse_log2 = 5;
-  static constexpr std::size_t index(std::uint64_t start, unsigned shift) noexcept {
-    const std::uint64_t block = start >> shift;
-    return static_cast<std::size_t>((block ^ (block >> 15) ^ (std::uint64_t{shift} << 10)) &
-                                    ((std::uint64_t{1} << bits) - 1));
-  }
-};
 
 }  // namespace iovane::iova
