@@ -9,14 +9,18 @@
 
 namespace iovane::backends {
 
-/// Runs the ioctl that `argument`'s type stands for. The result is 0 or a positive errno. These calls answer 0 and
-/// nothing else on success; a positive answer is a kernel that did part of the work, and counts as a failure.
-template <typename Argument>
-int call(Kernel& kernel, int fd, Argument& argument) noexcept {
-  const long answer = kernel.ioctl(fd, Argument::request, &argument);
+/// The positive errno of an answer, 0 for success. These calls answer 0 and nothing else on success; a positive answer
+/// is a kernel that did part of the work, and counts as a failure.
+constexpr int errno_of(long answer) noexcept {
   if (answer == 0) [[likely]]
     return 0;
   return answer < 0 ? static_cast<int>(-answer) : EIO;
+}
+
+/// Runs the ioctl that `argument`'s type stands for. The result is 0 or a positive errno, see errno_of().
+template <typename Argument>
+int call(Kernel& kernel, int fd, Argument& argument) noexcept {
+  return errno_of(kernel.ioctl(fd, Argument::request, &argument));
 }
 
 /// A descriptor that belongs to a Kernel. Owned ones are closed through it; borrowed ones are left open.

@@ -73,8 +73,8 @@ class Type1Backend final : public Backend {
     backends::uapi::iommufd::VfioIoas use{.ioas_id = ioas, .op = backends::uapi::iommufd::vfio_ioas_set};
     if (const int why = call(kernel_, fd, use); why != 0) return explain_call(Stage::open, "VFIO_IOAS(SET)", why);
     const unsigned long type = is_version_1(interface_) ? uapi::type1_iommu : uapi::type1_v2_iommu;
-    if (const long set = kernel_.ioctl_value(fd, uapi::set_iommu, type); set != 0)
-      return explain_call(Stage::open, "VFIO_SET_IOMMU", static_cast<int>(-set));
+    if (const int why = errno_of(kernel_.ioctl_value(fd, uapi::set_iommu, type)); why != 0)
+      return explain_call(Stage::open, "VFIO_SET_IOMMU", why);
     if (!options.large_iopte && !is_version_1(interface_)) return iommufd::ioas_disable_large_ioptes(kernel_, fd, ioas);
     return {};
   }

@@ -53,9 +53,8 @@ Result<ContainerInfo> query_container(Kernel& kernel, int container) {
     uapi::Type1Info head;
     head.argsz = static_cast<std::uint32_t>(bytes.size());
     std::memcpy(bytes.data(), &head, sizeof head);
-    const long answer = kernel.ioctl(container, uapi::Type1Info::request, bytes.data());
-    if (answer != 0)
-      return explain_call(Stage::query, "VFIO_IOMMU_GET_INFO", answer < 0 ? static_cast<int>(-answer) : 5);
+    if (const int why = errno_of(kernel.ioctl(container, uapi::Type1Info::request, bytes.data())); why != 0)
+      return explain_call(Stage::query, "VFIO_IOMMU_GET_INFO", why);
     std::memcpy(&head, bytes.data(), sizeof head);
     if (head.argsz > bytes.size() && head.argsz <= info_bytes_max) {
       bytes.assign(head.argsz, std::byte{});

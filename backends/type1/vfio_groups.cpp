@@ -135,13 +135,15 @@ Result<void> VfioGroups::connect(const Group& group, const std::vector<IovaRange
         "group {} is not viable: another of its devices has a driver that is not VFIO's; bind all devices "
         "of the group to vfio-pci",
         group.key);
+  if ((status.flags & uapi::group_flags_container_set) != 0)
+    return base::fail(Errc::busy, Stage::attach, 0, "group {} is in another container already", group.key);
   int container = container_;
-  if (const long joined = kernel_.ioctl(group.fd.get(), uapi::group_set_container, &container); joined != 0)
-    return container_error(static_cast<int>(-joined), group.key, reserved);
+  if (const int why = errno_of(kernel_.ioctl(group.fd.get(), uapi::group_set_container, &container)); why != 0)
+    return container_error(why, group.key, reserved);
   if (!groups_.empty()) return {};
-  if (const long set = kernel_.ioctl_value(container_, uapi::set_iommu, iommu_type_); set != 0) {
+  if (const int why = errno_of(kernel_.ioctl_value(container_, uapi::set_iommu, iommu_type_)); why != 0) {
     kernel_.ioctl_value(group.fd.get(), uapi::group_unset_container, 0);
-    return container_error(static_cast<int>(-set), group.key, reserved);
+    return container_error(why, group.key, reserved);
   }
   return {};
 }
