@@ -1,0 +1,20 @@
+// Replay results for people and for programs.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+
+#include "replay/host.hpp"
+#include "replay/replayer.hpp"
+
+namespace iovane::cli {
+
+/// Which backend and why, a table with a line per run, and how to read it.
+std::string report_text(const Host& host, std::span<const RunReport> runs, std::size_t batch_max);
+
+/// The same and more as one object; durations in nanoseconds, sizes in bytes. "format" is 1 and grows when a member
+/// changes its meaning or goes.
+nlohmann::ordered_json report_json(const Host& host, std::span<const RunReport> runs, std::size_t batch_max);
+
+}  // namespace iovane::cli
