@@ -27,8 +27,10 @@ ExitStatus run_probe(const Arguments& arguments) {
   }
   const auto host = backends::probe_host(*kernel, {.attach_devices = arguments.attach});
   if (!host) return report(host.error());
-  if (arguments.json) fmt::print("{}\n", probe_json(*host).dump(2));
-  else fmt::print("{}", probe_text(*host));
+  if (arguments.json)
+    fmt::print("{}\n", probe_json(*host).dump(2));
+  else
+    fmt::print("{}", probe_text(*host));
   return ExitStatus::ok;
 }
 

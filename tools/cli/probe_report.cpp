@@ -75,8 +75,8 @@ std::string parity_text(const HostReport& host) {
   Table table{{{"feature"}, {"iommufd"}, {"type1"}, {"compat"}}};
   const auto mark = [](bool has) { return has ? "yes" : "-"; };
   for (const auto& line : host.parity)
-    table.add({std::string{backends::to_string(line.capability)}, mark(line.iommufd), mark(line.type1),
-               mark(line.compat)});
+    table.add(
+        {std::string{backends::to_string(line.capability)}, mark(line.iommufd), mark(line.type1), mark(line.compat)});
   return table.text() + '\n';
 }
 

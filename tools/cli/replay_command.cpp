@@ -11,13 +11,13 @@
 #include <vector>
 
 #include "cli/progress.hpp"
+#include "cli/replay_report.hpp"
 #include "replay/engine_target.hpp"
 #include "replay/guest_memory.hpp"
 #include "replay/host.hpp"
 #include "replay/plan.hpp"
 #include "replay/raw_target.hpp"
 #include "replay/replayer.hpp"
-#include "cli/replay_report.hpp"
 #include "trace/format.hpp"
 
 namespace iovane::cli {
@@ -108,8 +108,10 @@ ExitStatus run_replay(const Arguments& arguments) {
       runs.push_back(*std::move(done));
     }
   }
-  if (arguments.json) fmt::print("{}\n", replay::report_json(**host, runs, arguments.batch_max).dump(2));
-  else fmt::print("{}", replay::report_text(**host, runs, arguments.batch_max));
+  if (arguments.json)
+    fmt::print("{}\n", replay_json(**host, runs, arguments.batch_max).dump(2));
+  else
+    fmt::print("{}", replay_text(**host, runs, arguments.batch_max));
   return ExitStatus::ok;
 }
 
@@ -119,11 +121,13 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* const replay = app.add_subcommand("replay", "Replay traces through the engine, check and time it");
   replay->add_option("trace", arguments->traces, "Files that 'iovane trace import' wrote")->required();
-  replay->add_option("--backend", arguments->backend,
-                     "auto (what 'iovane probe' picks, else model), iommufd, type1, type1-v1, compat, compat-v1, or the "
-                     "software IOMMU imitating one: model, model:type1, ...")
+  replay
+      ->add_option("--backend", arguments->backend,
+                   "auto (what 'iovane probe' picks, else model), iommufd, type1, type1-v1, compat, compat-v1, or the "
+                   "software IOMMU imitating one: model, model:type1, ...")
       ->capture_default_str();
-  replay->add_option("--device", arguments->device, "PCI address of the device to attach (default: the first possible)");
+  replay->add_option("--device", arguments->device,
+                     "PCI address of the device to attach (default: the first possible)");
   replay
       ->add_option("--baseline", arguments->targets,
                    "What replays, several allowed: engine; event (one kernel call per event, no engine); leaf (one per "
@@ -134,11 +138,13 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
   replay->add_option("--batch", arguments->batch_max, "Most events that are submitted together")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
-  replay->add_option("--events", arguments->events_max, "Replay only the first N events (0: all)")->capture_default_str();
+  replay->add_option("--events", arguments->events_max, "Replay only the first N events (0: all)")
+      ->capture_default_str();
   replay->add_option("--memory", arguments->memory_mib_max, "Most memory to map, in MiB")
       ->check(CLI::Range(1, 1 << 24))
       ->capture_default_str();
-  replay->add_flag("--verify,!--no-verify", arguments->verify, "Compare with the reference after every batch (default)");
+  replay->add_flag("--verify,!--no-verify", arguments->verify,
+                   "Compare with the reference after every batch (default)");
   replay->add_flag("--json", arguments->json, "Print one JSON object");
   replay->callback([&run, arguments] { run = [arguments] { return run_replay(*arguments); }; });
 }

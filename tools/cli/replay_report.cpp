@@ -2,55 +2,53 @@
 
 #include <fmt/format.h>
 
-
 #include "cli/table.hpp"
 #include "cli/units.hpp"
 
 namespace iovane::cli {
 namespace {
 
-using cli::Table;
 
-std::string verdict_of(const RunReport& run) { return run.verified ? "yes" : "not asked"; }
+std::string verdict_of(const replay::RunReport& run) { return run.verified ? "yes" : "not asked"; }
 
-std::string pages_of(const RunReport& run) {
-  return run.pinned_max ? cli::format_count(run.pinned_max->value / trace::granule) : "-";
+std::string pages_of(const replay::RunReport& run) {
+  return run.pinned_max ? format_count(run.pinned_max->value / trace::granule) : "-";
 }
 
 /// How a run compares with the event loop on the same trace, if there is one.
-std::string against_event(const RunReport& run, std::span<const RunReport> runs) {
-  for (const RunReport& other : runs)
+std::string against_event(const replay::RunReport& run, std::span<const replay::RunReport> runs) {
+  for (const replay::RunReport& other : runs)
     if (other.trace == run.trace && other.target == "event")
-      return cli::format_ratio(static_cast<double>(run.elapsed_ns) / static_cast<double>(run.events),
+      return format_ratio(static_cast<double>(run.elapsed_ns) / static_cast<double>(run.events),
                                static_cast<double>(other.elapsed_ns) / static_cast<double>(other.events));
   return {};
 }
 
 }  // namespace
 
-std::string report_text(const Host& host, std::span<const RunReport> runs, std::size_t batch_max) {
+std::string replay_text(const replay::Host& host, std::span<const replay::RunReport> runs, std::size_t batch_max) {
   bool compared = false;
-  for (const RunReport& run : runs) compared = compared || (run.target == "event" && runs.size() > 1);
+  for (const replay::RunReport& run : runs) compared = compared || (run.target == "event" && runs.size() > 1);
   using enum Table::Align;
-  std::vector<Table::Column> columns{{"trace", left},         {"by", left},          {"events", right},
-                                     {"rate", right},         {"p50", right},        {"p99", right},
-                                     {"p99.9", right},        {"max", right},        {"calls/event", right},
-                                     {"least", right},        {"pages pinned", right}, {"verified", left}};
+  std::vector<Table::Column> columns{
+      {"trace", left},        {"by", left},     {"events", right},       {"rate", right},
+      {"p50", right},         {"p99", right},   {"p99.9", right},        {"max", right},
+      {"calls/event", right}, {"least", right}, {"pages pinned", right}, {"verified", left}};
   if (compared) columns.insert(columns.begin() + 4, {"time/event loop", right});
   Table table{std::move(columns)};
   std::uint64_t batches = 0, index = 0, live = 0, dead = 0;
-  for (const RunReport& run : runs) {
+  for (const replay::RunReport& run : runs) {
     const auto events = static_cast<double>(run.events);
     std::vector<std::string> cells{run.trace,
                                    run.target,
-                                   cli::format_count(run.events),
-                                   cli::format_rate(run.events, run.elapsed_ns),
-                                   cli::format_duration(run.latency.percentile(0.5)),
-                                   cli::format_duration(run.latency.percentile(0.99)),
-                                   cli::format_duration(run.latency.percentile(0.999)),
-                                   cli::format_duration(run.latency.greatest()),
-                                   cli::format_ratio(static_cast<double>(run.kernel_calls), events),
-                                   cli::format_ratio(static_cast<double>(run.kernel_calls_least), events),
+                                   format_count(run.events),
+                                   format_rate(run.events, run.elapsed_ns),
+                                   format_duration(run.latency.percentile(0.5)),
+                                   format_duration(run.latency.percentile(0.99)),
+                                   format_duration(run.latency.percentile(0.999)),
+                                   format_duration(run.latency.greatest()),
+                                   format_ratio(static_cast<double>(run.kernel_calls), events),
+                                   format_ratio(static_cast<double>(run.kernel_calls_least), events),
                                    pages_of(run),
                                    verdict_of(run)};
     if (compared) cells.insert(cells.begin() + 4, against_event(run, runs));
@@ -67,20 +65,21 @@ std::string report_text(const Host& host, std::span<const RunReport> runs, std::
       "kernel calls; least: the fewest that such batches allow. One page is 4 KiB.\n",
       batch_max);
   if (batches != 0) {
-    text += fmt::format("Verified against a plain map of the trace after each of {} batches: byte counts of every unmap",
-                        cli::format_count(batches));
-    if (index != 0) text += fmt::format(", {} index entries", cli::format_count(index));
+    text +=
+        fmt::format("Verified against a plain map of the trace after each of {} batches: byte counts of every unmap",
+                    format_count(batches));
+    if (index != 0) text += fmt::format(", {} index entries", format_count(index));
     if (live + dead != 0)
       text += fmt::format(",\n{} reads by the device that arrived where they should, {} that faulted as they should",
-                          cli::format_count(live), cli::format_count(dead));
+                          format_count(live), format_count(dead));
     text += ";\nat the end no mapping, pin or descriptor was left.\n";
   }
   return text;
 }
 
-nlohmann::ordered_json report_json(const Host& host, std::span<const RunReport> runs, std::size_t batch_max) {
+nlohmann::ordered_json replay_json(const replay::Host& host, std::span<const replay::RunReport> runs, std::size_t batch_max) {
   auto list = nlohmann::ordered_json::array();
-  for (const RunReport& run : runs) {
+  for (const replay::RunReport& run : runs) {
     const auto& l = run.latency;
     nlohmann::ordered_json entry{
         {"trace", run.trace},

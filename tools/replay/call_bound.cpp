@@ -9,8 +9,10 @@ std::uint64_t least_calls(std::span<const Operation> batch, const trace::Referen
   std::uint64_t calls = 0;
   std::vector<IovaRange> unmaps;
   for (const Operation& op : batch) {
-    if (op.kind == trace::EventKind::map) ++calls;
-    else unmaps.push_back(op.range);
+    if (op.kind == trace::EventKind::map)
+      ++calls;
+    else
+      unmaps.push_back(op.range);
   }
   std::sort(unmaps.begin(), unmaps.end());
   for (std::size_t i = 0; i < unmaps.size(); ++i) {
@@ -21,8 +23,9 @@ std::uint64_t least_calls(std::span<const Operation> batch, const trace::Referen
       continue;
     }
     // Between two neighbours of the sorted unmaps nothing is unmapped, so whatever lives there survives the batch.
-    const bool joins = i > 0 && (unmaps[i - 1].precedes_directly(unmaps[i]) ||
-                                 !before.overlaps({Iova{unmaps[i - 1].last.value + 1}, Iova{unmaps[i].start.value - 1}}));
+    const bool joins =
+        i > 0 && (unmaps[i - 1].precedes_directly(unmaps[i]) ||
+                  !before.overlaps({Iova{unmaps[i - 1].last.value + 1}, Iova{unmaps[i].start.value - 1}}));
     if (!joins) ++calls;
   }
   return calls;

@@ -9,13 +9,14 @@
 
 namespace iovane::replay {
 
-Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const GuestMemory& memory,
-                                                         std::size_t batch_max) {
+Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const GuestMemory& memory, std::size_t batch_max) {
   std::unique_ptr<EngineTarget> target{new EngineTarget};
   auto backend = host.open_backend(host.kernel());
   if (!backend) return backend.error();
   target->engine_ = EngineAccess::open(*std::move(backend), host.backend());
-  auto space = target->engine_.create_address_space({.name = "replay"});
+  AddressSpaceConfig config;
+  config.name = "replay";
+  auto space = target->engine_.create_address_space(config);
   if (!space) return space.error();
   target->space_ = *std::move(space);
   const auto attached = target->space_.attach({.pci_address = host.device()});

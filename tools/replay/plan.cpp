@@ -43,13 +43,13 @@ class Layout {
 }  // namespace
 
 Result<Plan> make_plan(const trace::Trace& trace, std::uint64_t events_max, Bytes memory_max) {
-  const std::size_t count =
-      events_max == 0 ? trace.events.size() : static_cast<std::size_t>(std::min<std::uint64_t>(events_max, trace.events.size()));
+  const std::size_t count = events_max == 0
+                                ? trace.events.size()
+                                : static_cast<std::size_t>(std::min<std::uint64_t>(events_max, trace.events.size()));
   const std::span events{trace.events.data(), count};
   trace::Coverage coverage;
   for (const trace::Event& e : events)
-    if (e.kind == trace::EventKind::map)
-      coverage.add(e.physical / granule, (e.physical + e.range.span()) / granule);
+    if (e.kind == trace::EventKind::map) coverage.add(e.physical / granule, (e.physical + e.range.span()) / granule);
   // Before the layout: counts of granules cannot overflow, the padding between pieces is bounded by their sum.
   if (coverage.count() > memory_max.value / granule)
     return base::fail(Errc::limit_reached, Stage::validate, 0,

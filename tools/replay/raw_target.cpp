@@ -173,8 +173,6 @@ void RawTarget::run(std::span<const Operation> batch, std::span<Verdict> verdict
   for (std::size_t i = 0; i < batch.size(); ++i) verdicts[i] = run_one(batch[i]);
 }
 
-Result<Bytes> RawTarget::unmap_all() noexcept {
-  return space_->unmap_all();
-}
+Result<Bytes> RawTarget::unmap_all() noexcept { return space_->unmap_all(); }
 
 }  // namespace iovane::replay

@@ -28,9 +28,9 @@ Error unverified(const RunReport& report, std::size_t event, Error error) {
 }
 
 Error failed(const RunReport& report, std::size_t event, const Operation& op, Error error) {
-  return base::fail(error.code, error.stage, error.os_errno, "{}, {}: event {}, {} of [{:#x}, {:#x}]: {}",
-                    report.trace, report.target, event, op.kind == trace::EventKind::map ? "map" : "unmap",
-                    op.range.start.value, op.range.last.value, error.detail());
+  return base::fail(error.code, error.stage, error.os_errno, "{}, {}: event {}, {} of [{:#x}, {:#x}]: {}", report.trace,
+                    report.target, event, op.kind == trace::EventKind::map ? "map" : "unmap", op.range.start.value,
+                    op.range.last.value, error.detail());
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ struct RunReport {
   std::uint64_t elapsed_ns = 0;    ///< inside the target
   base::LatencyHistogram latency;  ///< per event: from its batch being handed over until its verdict is there
   std::uint64_t kernel_calls = 0;
-  std::uint64_t kernel_calls_least = 0;  ///< call_bound.hpp, for batches of at most batch_max events: the same for every target
+  std::uint64_t kernel_calls_least =
+      0;  ///< call_bound.hpp, for batches of at most batch_max events: the same for every target
   std::uint64_t leaf_entries = 0;
   std::optional<Bytes> pinned_max;  ///< highest sample; nothing where the kernel does not account pins
   bool verified = false;

@@ -15,10 +15,10 @@ namespace iovane::replay {
 
 /// What was looked at.
 struct Checks {
-  std::uint64_t batches = 0;       ///< after which the target was compared with the reference
-  std::uint64_t index_entries = 0; ///< entries of the target's index that were compared
-  std::uint64_t live_reads = 0;    ///< reads by the device that had to arrive where the reference says
-  std::uint64_t dead_reads = 0;    ///< reads by the device that had to fault
+  std::uint64_t batches = 0;        ///< after which the target was compared with the reference
+  std::uint64_t index_entries = 0;  ///< entries of the target's index that were compared
+  std::uint64_t live_reads = 0;     ///< reads by the device that had to arrive where the reference says
+  std::uint64_t dead_reads = 0;     ///< reads by the device that had to fault
 };
 
 /// Follows a replay in a trace::Reference and compares after every batch: each unmap's byte count; the target's whole
