@@ -93,7 +93,10 @@ ExitStatus run_replay(const Arguments& arguments) {
     traces.push_back(*std::move(loaded));
   }
   const auto host = replay::Host::open(arguments.backend, arguments.device);
-  if (!host) return report(host.error());
+  if (!host) {
+    const ExitStatus status = report(host.error());
+    return host.error().code == Errc::invalid_argument ? ExitStatus::usage : status;  // an unknown backend
+  }
   std::vector<replay::RunReport> runs;
   for (const LoadedTrace& trace : traces) {
     const auto memory = replay::GuestMemory::create(trace.plan.memory);

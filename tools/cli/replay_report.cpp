@@ -8,7 +8,6 @@
 namespace iovane::cli {
 namespace {
 
-
 std::string verdict_of(const replay::RunReport& run) { return run.verified ? "yes" : "not asked"; }
 
 std::string pages_of(const replay::RunReport& run) {
@@ -20,7 +19,7 @@ std::string against_event(const replay::RunReport& run, std::span<const replay::
   for (const replay::RunReport& other : runs)
     if (other.trace == run.trace && other.target == "event")
       return format_ratio(static_cast<double>(run.elapsed_ns) / static_cast<double>(run.events),
-                               static_cast<double>(other.elapsed_ns) / static_cast<double>(other.events));
+                          static_cast<double>(other.elapsed_ns) / static_cast<double>(other.events));
   return {};
 }
 
@@ -58,7 +57,7 @@ std::string replay_text(const replay::Host& host, std::span<const replay::RunRep
     live += run.checks.live_reads;
     dead += run.checks.dead_reads;
   }
-  std::string text = fmt::format("backend: {} on {}, device {}\n     why: {}\n\n{}\n", host.backend(),
+  std::string text = fmt::format("backend: {} ({}), device {}\n     why: {}\n\n{}\n", host.backend(),
                                  host.kernel_name(), host.device(), host.reason(), table.text());
   text += fmt::format(
       "Latency: from handing over a batch (at most {} independent events) until the event's verdict. calls/event:\n"
@@ -77,7 +76,8 @@ std::string replay_text(const replay::Host& host, std::span<const replay::RunRep
   return text;
 }
 
-nlohmann::ordered_json replay_json(const replay::Host& host, std::span<const replay::RunReport> runs, std::size_t batch_max) {
+nlohmann::ordered_json replay_json(const replay::Host& host, std::span<const replay::RunReport> runs,
+                                   std::size_t batch_max) {
   auto list = nlohmann::ordered_json::array();
   for (const replay::RunReport& run : runs) {
     const auto& l = run.latency;

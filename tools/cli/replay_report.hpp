@@ -15,6 +15,7 @@ std::string replay_text(const replay::Host& host, std::span<const replay::RunRep
 
 /// The same and more as one object; durations in nanoseconds, sizes in bytes. "format" is 1 and grows when a member
 /// changes its meaning or goes.
-nlohmann::ordered_json replay_json(const replay::Host& host, std::span<const replay::RunReport> runs, std::size_t batch_max);
+nlohmann::ordered_json replay_json(const replay::Host& host, std::span<const replay::RunReport> runs,
+                                   std::size_t batch_max);
 
 }  // namespace iovane::cli

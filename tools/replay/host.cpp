@@ -35,6 +35,8 @@ Result<std::unique_ptr<Host>> Host::open(const std::string& backend, const std::
   host->counted_ = std::make_unique<backends::CountingKernel>(*host->kernel_);
   host->kernel_name_ = host->kernel_->description();
   host->pinned_before_ = accounted(host->kernel_->memlock());
+  // First whether the interface is there at all: a missing device would hide a missing module.
+  if (const auto opened = host->open_backend(host->kernel()); !opened) return opened.error();
   if (const auto chosen = host->choose_device(device); !chosen) return chosen.error();
   return host;
 }

@@ -13,7 +13,7 @@
 namespace iovane::replay {
 namespace {
 
-constexpr std::uint64_t batches_between_samples = 64;
+constexpr std::uint64_t events_between_samples = 256;
 constexpr std::string_view verification = "verification: ";
 
 std::uint64_t now_ns() noexcept {
@@ -50,6 +50,7 @@ Result<RunReport> replay(Host& host, ReplayTarget& target, const Plan& plan, con
     if (const auto now = host.pinned(); now) report.pinned_max = std::max(report.pinned_max.value_or(Bytes{}), *now);
   };
 
+  std::size_t next_sample = 0;
   for (std::size_t b = 0; b < begins.size(); ++b) {
     const std::size_t first = begins[b];
     const std::size_t stop = b + 1 < begins.size() ? begins[b + 1] : operations.size();
@@ -70,8 +71,10 @@ Result<RunReport> replay(Host& host, ReplayTarget& target, const Plan& plan, con
       if (results[i].error) return failed(report, first + i + 1, batch[i], results[i].error);
     if (options.verify)
       if (const auto same = verifier.check(batch, results); !same) return unverified(report, stop, same.error());
-    if (b % batches_between_samples == 0) sample_pins();
-    if (options.progress && b % batches_between_samples == 0) options.progress(stop, operations.size());
+    if (stop < next_sample) continue;
+    next_sample = stop + events_between_samples;
+    sample_pins();
+    if (options.progress) options.progress(stop, operations.size());
   }
   sample_pins();
 
