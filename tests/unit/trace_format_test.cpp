@@ -3,11 +3,10 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <filesystem>
-#include <iostream>
 #include <random>
 
+#include "support/seed.hpp"
 #include "trace/byte_stream.hpp"
 #include "trace/crc32c.hpp"
 #include "trace/reference.hpp"
@@ -15,13 +14,6 @@
 
 namespace iovane::trace {
 namespace {
-
-std::uint64_t seed() {
-  const char* const given = std::getenv("IOVANE_SEED");
-  const std::uint64_t value = given != nullptr ? std::strtoull(given, nullptr, 0) : std::random_device{}();
-  std::cout << "IOVANE_SEED=" << value << '\n';
-  return value;
-}
 
 Event map_at(std::uint64_t iova, std::uint64_t length, std::uint64_t physical) {
   return {EventKind::map, 3, 17, *IovaRange::from_length(Iova{iova}, Bytes{length}), physical};
@@ -147,7 +139,7 @@ TEST(TraceFormat, RefusesEventsThatDoNotFitEachOther) {
 }
 
 TEST(TraceFormat, SurvivesRandomDamageWithoutBelievingIt) {
-  std::mt19937_64 random{seed()};
+  std::mt19937_64 random{test::seed()};
   const auto bytes = encoded(sample());
   for (int round = 0; round < 20'000; ++round) {
     auto damaged = bytes;

@@ -18,6 +18,7 @@ constexpr ExitStatus exit_status_of(Errc code) noexcept {
   switch (code) {
     case Errc::ok: return ExitStatus::ok;
     case Errc::bad_format: return ExitStatus::bad_input;
+    case Errc::not_found:
     case Errc::permission:
     case Errc::unsupported:
     case Errc::no_device:

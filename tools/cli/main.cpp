@@ -8,6 +8,8 @@
 #include <string>
 
 #include "cli/exit_status.hpp"
+#include "cli/probe_command.hpp"
+#include "cli/replay_command.hpp"
 #include "cli/trace_command.hpp"
 
 namespace {
@@ -25,6 +27,8 @@ ExitStatus run(int argc, char** argv) {
   app.require_subcommand(1);
   app.footer(exit_text);
   std::function<ExitStatus()> command;
+  iovane::cli::add_probe_command(app, command);
+  iovane::cli::add_replay_command(app, command);
   iovane::cli::add_trace_command(app, command);
   try {
     app.parse(argc, argv);

@@ -122,7 +122,10 @@ ExitStatus run_import(const ImportArguments& arguments) {
       return trace::import_ftrace(input, options);
     }();
     if (!imported) return report_input(imported.error());
-    if (const auto written = trace::write_file(output, *imported); !written) return report(written.error());
+    if (const auto written = trace::write_file(output, *imported); !written) {
+      report(written.error());
+      return ExitStatus::failed;
+    }
     print_info(output, *imported);
   }
   return ExitStatus::ok;

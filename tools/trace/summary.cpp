@@ -2,39 +2,11 @@
 
 #include <algorithm>
 #include <bitset>
-#include <map>
 
+#include "trace/coverage.hpp"
 #include "trace/reference.hpp"
 
 namespace iovane::trace {
-namespace {
-
-/// Memory ranges that were mapped at least once, as disjoint ranges of granule numbers: one entry per contiguous
-/// piece, so that a trace which claims terabytes costs no more than one that maps pages.
-class Coverage {
- public:
-  void add(std::uint64_t first, std::uint64_t last) {
-    auto at = ranges_.upper_bound(first);
-    if (at != ranges_.begin() && std::prev(at)->second >= first) --at;
-    while (at != ranges_.end() && at->first <= last) {
-      first = std::min(first, at->first);
-      last = std::max(last, at->second);
-      at = ranges_.erase(at);
-    }
-    ranges_.emplace(first, last);
-  }
-  std::uint64_t count() const {
-    std::uint64_t sum = 0;
-    for (const auto& [first, last] : ranges_) sum += last - first + 1;
-    return sum;
-  }
-
- private:
-  std::map<std::uint64_t, std::uint64_t> ranges_;
-};
-
-}  // namespace
-
 Summary summarize(const Trace& trace) {
   Summary s;
   if (trace.events.empty()) return s;

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""The iovane command as its user sees it. usage: cli_test.py IOVANE"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.dont_write_bytecode = True
+from trace_writer import MAP, UNMAP, trace  # noqa: E402
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+IOVANE = ""
+OK, FAILED, USAGE, BAD_INPUT, UNVERIFIED, UNAVAILABLE = range(6)
+
+
+class Command(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="iovane-cli-"))
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def put(self, name: str, content: bytes) -> str:
+        path = self.folder / name
+        path.write_bytes(content)
+        return str(path)
+
+    def iovane(self, *words: str, status: int = OK, **options) -> subprocess.CompletedProcess:
+        run = subprocess.run([IOVANE, *words], capture_output=True, text=True, cwd=self.folder, stdin=subprocess.DEVNULL, **options)
+        self.assertEqual(run.returncode, status, f"{words}\nstdout: {run.stdout}\nstderr: {run.stderr}")
+        return run
+
+    def refuses(self, status: int, words: tuple[str, ...], *parts: str, **options) -> None:
+        """One clear message on standard error, nothing on standard output."""
+        run = self.iovane(*words, status=status, **options)
+        self.assertEqual(run.stdout, "")
+        self.assertTrue(run.stderr.startswith("iovane: "), run.stderr)
+        for part in parts:
+            self.assertIn(part, run.stderr)
+
+
+class Help(Command):
+    def test_names_commands_and_exit_statuses(self):
+        text = self.iovane("--help").stdout
+        for part in ("probe", "replay", "trace", "Exit status"):
+            self.assertIn(part, text)
+        for command in (("probe",), ("replay",), ("trace", "import"), ("trace", "info")):
+            self.iovane(*command, "--help")
+        self.assertRegex(self.iovane("--version").stdout, r"^iovane \d+\.\d+\.\d+\n$")
+
+    def test_wrong_usage_is_2_and_points_to_help(self):
+        for words in ((), ("fly",), ("replay",), ("trace",), ("trace", "info"), ("replay", "x", "--baseline", "fast"), ("replay", "x", "--batch", "0")):
+            with self.subTest(words=words):
+                self.refuses(USAGE, words, "--help")
+
+
+class TraceFiles(Command):
+    EVENTS = [(MAP, 0x100, 2, 5), (MAP, 0x200, 1, 9), (UNMAP, 0x100, 2, 0)]
+
+    def test_a_trace_written_from_the_document_is_read(self):
+        info = json.loads(self.iovane("trace", "info", "--json", self.put("a.iovtrace", trace(self.EVENTS))).stdout)[0]
+        self.assertEqual((info["maps"], info["unmaps"], info["live_at_end"], info["distinct_granules"]), (2, 1, 1, 3))
+        self.assertEqual((info["iova_first"], info["physical_last"], info["source"]), (0x100000, 0x9FFF, "hand.ftrace"))
+
+    def test_bad_files_end_in_one_message_and_3(self):
+        good = trace(self.EVENTS)
+        flipped = bytearray(good)
+        flipped[-3] ^= 1
+        for name, content, parts in (
+            ("truncated", good[:-5], ("truncated", "copy it again")),
+            ("header-only", good[:20], ("truncated",)),
+            ("corrupted", bytes(flipped), ("at byte", "checksum", "corrupted")),
+            ("version", trace(self.EVENTS, version=2), ("version 2", "reads version 1")),
+            ("longer", good + b"x", ("after the end",)),
+            ("empty", b"", ("not a trace file",)),
+            ("text", b"# tracer: nop\n", ("iovane trace import",)),
+            ("overlap", trace([*self.EVENTS, (MAP, 0x200, 1, 1)]), ("event 4 of 4", "overlaps")),
+            ("nothing", trace([*self.EVENTS, (UNMAP, 0x300, 1, 0)]), ("event 4 of 4", "nothing is mapped")),
+            ("cut", trace([*self.EVENTS[:2], (UNMAP, 0x100, 1, 0)]), ("event 3 of 3", "cuts")),
+        ):
+            path = self.put(name, content)
+            with self.subTest(name=name):
+                self.refuses(BAD_INPUT, ("trace", "info", path), path, *parts)
+                self.refuses(BAD_INPUT, ("replay", "--backend", "model", path), path, *parts)
+
+    def test_missing_files_and_folders_are_3(self):
+        self.refuses(BAD_INPUT, ("replay", "gone.iovtrace"), "gone.iovtrace", "no such file")
+        self.refuses(BAD_INPUT, ("trace", "info", str(self.folder)), "folder")
+        self.refuses(BAD_INPUT, ("trace", "import", "gone.ftrace"), "no such file")
+
+
+class Import(Command):
+    def test_writes_a_file_beside_and_says_what_it_repaired(self):
+        run = self.iovane("trace", "import", str(DATA / "ftrace/two-domains.ftrace"))
+        self.assertIn("further address spaces", run.stdout)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["two-domains.iovtrace"])
+        self.iovane("trace", "info", "two-domains.iovtrace")
+
+    def test_makes_the_same_file_every_time(self):
+        source = str(DATA / "ftrace/mid-life.ftrace.zst")
+        self.iovane("trace", "import", source, "-o", "a")
+        self.iovane("trace", "import", source, "-o", "b")
+        self.assertEqual((self.folder / "a").read_bytes(), (self.folder / "b").read_bytes())
+
+    def test_a_line_that_cannot_be_believed_is_named_and_nothing_is_written(self):
+        text = (DATA / "ftrace/two-domains.ftrace").read_bytes() + b"x [000] ..... 1.0: map: IOMMU: iova=zzz\n"
+        path = self.put("bad.ftrace", text)
+        self.refuses(BAD_INPUT, ("trace", "import", path), f"{path}:453: ", "--skip-malformed")
+        self.assertFalse((self.folder / "bad.iovtrace").exists())
+        self.assertIn("1  malformed lines left out", self.iovane("trace", "import", "--skip-malformed", path).stdout)
+
+    def test_where_it_cannot_write_it_says_so(self):
+        source = str(DATA / "ftrace/two-domains.ftrace")
+        self.refuses(FAILED, ("trace", "import", source, "-o", "no/such/folder/x"), "check that the folder exists")
+
+
+class Replay(Command):
+    MIXED = str(DATA / "traces/mixed.iovtrace")
+
+    def test_every_model_verifies_a_real_trace(self):
+        for backend in ("model", "model:type1", "model:type1-v1", "model:compat", "model:compat-v1"):
+            with self.subTest(backend=backend):
+                run = self.iovane("replay", self.MIXED, "--backend", backend, "--events", "20000", "--json")
+                report = json.loads(run.stdout)
+                self.assertEqual((report["backend"], report["format"]), (backend, 1))
+                (only,) = report["runs"]
+                self.assertTrue(only["verified"])
+                self.assertEqual(only["events"], 20000)
+                self.assertGreater(only["checks"]["index_entries"], 0)
+                self.assertGreater(only["checks"]["dead_reads"], 0)
+                self.assertGreaterEqual(only["kernel_calls"], only["kernel_calls_least"])
+
+    def test_baselines_stand_beside_the_engine(self):
+        words = ("replay", self.MIXED, "--backend", "model", "--events", "5000", "--baseline")
+        runs = json.loads(self.iovane(*words, "leaf,event", "--baseline", "engine", "--json").stdout)["runs"]
+        self.assertEqual([run["target"] for run in runs], ["leaf", "event", "engine"])
+        leaf, event, engine = runs
+        self.assertEqual(leaf["kernel_calls"], leaf["leaf_entries"])
+        self.assertEqual(event["kernel_calls"], 5000)
+        self.assertLess(engine["kernel_calls"], 5000)
+        text = self.iovane(*words, "event,engine").stdout
+        for part in ("why:", "time/event loop", "calls/event", "verified", "no mapping, pin or descriptor was left"):
+            self.assertIn(part, text)
+
+    def test_without_verification_it_claims_none(self):
+        run = self.iovane("replay", self.MIXED, "--backend", "model", "--events", "1000", "--no-verify", "--json")
+        self.assertFalse(json.loads(run.stdout)["runs"][0]["verified"])
+
+    def test_unknown_backend_missing_device_and_unsupported_baseline(self):
+        self.refuses(USAGE, ("replay", self.MIXED, "--backend", "vapour"), "there is no backend 'vapour'", "model:type1")
+        self.refuses(UNAVAILABLE, ("replay", self.MIXED, "--backend", "model", "--device", "0000:99:00.0"), "0000:99:00.0", "iovane probe")
+        self.refuses(UNAVAILABLE, ("replay", self.MIXED, "--backend", "model:type1", "--baseline", "event-copy"), "need iommufd")
+        self.refuses(BAD_INPUT, ("replay", self.MIXED, "--backend", "model", "--memory", "1"), "--memory")
+
+    def test_a_kernel_interface_that_is_not_there_is_5(self):
+        if os.path.exists("/dev/iommu"):
+            self.skipTest("this host has /dev/iommu")
+        self.refuses(UNAVAILABLE, ("replay", self.MIXED, "--backend", "iommufd"), "/dev/iommu")
+
+
+class Probe(Command):
+    def test_says_what_auto_picks_and_why_in_both_forms(self):
+        text = self.iovane("probe", "--no-attach").stdout
+        for part in ("auto picks:", "why:", "memlock", "iommufd", "type1"):
+            self.assertIn(part, text)
+        report = json.loads(self.iovane("probe", "--no-attach", "--json").stdout)
+        self.assertTrue(report["why"])
+        self.assertEqual(report["format"], 1)
+
+    def test_shows_a_host_with_everything(self):
+        report = json.loads(self.iovane("probe", "--model", "--json").stdout)
+        self.assertEqual(report["choice"], "iommufd")
+        self.assertTrue(all(interface["usable"] for interface in report["interfaces"]))
+        self.assertIn("feature", self.iovane("probe", "--model").stdout)
+
+
+if __name__ == "__main__":
+    IOVANE = str(Path(sys.argv.pop(1)).resolve())
+    unittest.main()

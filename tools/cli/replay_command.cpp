@@ -1,0 +1,155 @@
+#include "cli/replay_command.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cli/progress.hpp"
+#include "cli/replay_report.hpp"
+#include "replay/engine_target.hpp"
+#include "replay/guest_memory.hpp"
+#include "replay/host.hpp"
+#include "replay/plan.hpp"
+#include "replay/raw_target.hpp"
+#include "replay/replayer.hpp"
+#include "trace/format.hpp"
+
+namespace iovane::cli {
+namespace {
+
+struct Arguments {
+  std::vector<std::string> traces;
+  std::string backend = "auto";
+  std::string device;
+  std::vector<std::string> targets{"engine"};
+  std::size_t batch_max = 64;
+  std::uint64_t events_max = 0;
+  std::uint64_t memory_mib_max = 4096;
+  bool verify = true;
+  bool json = false;
+};
+
+struct LoadedTrace {
+  std::string name;
+  replay::Plan plan;
+};
+
+/// "tests/data/traces/mixed.iovtrace" -> "mixed"
+std::string short_name(const std::string& path) {
+  std::string name = path.substr(path.rfind('/') + 1);
+  constexpr std::string_view suffix = ".iovtrace";
+  if (name.size() > suffix.size() && name.ends_with(suffix)) name.resize(name.size() - suffix.size());
+  return name;
+}
+
+Result<LoadedTrace> load(const std::string& path, const Arguments& arguments) {
+  const auto trace = trace::read_file(path);
+  if (!trace) return trace.error();
+  auto plan = replay::make_plan(*trace, arguments.events_max, Bytes{arguments.memory_mib_max << 20});
+  if (!plan) return plan.error();
+  return LoadedTrace{short_name(path), *std::move(plan)};
+}
+
+Result<std::unique_ptr<replay::ReplayTarget>> open_target(const std::string& name, replay::Host& host,
+                                                          const replay::GuestMemory& memory, std::size_t batch_max) {
+  const auto up = [](auto opened) -> Result<std::unique_ptr<replay::ReplayTarget>> {
+    if (!opened) return opened.error();
+    return std::unique_ptr<replay::ReplayTarget>{*std::move(opened)};
+  };
+  if (name == "engine") return up(replay::EngineTarget::open(host, memory, batch_max));
+  const auto unit = name.starts_with("leaf") ? replay::RawUnit::leaf : replay::RawUnit::event;
+  const auto map = name.ends_with("-copy") ? replay::RawMap::copy : replay::RawMap::memory;
+  return up(replay::RawTarget::open(host, memory, unit, map));
+}
+
+Result<replay::RunReport> run_one(const LoadedTrace& trace, const std::string& target_name, replay::Host& host,
+                                  const replay::GuestMemory& memory, const Arguments& arguments) {
+  Progress progress{fmt::format("{} by {}", trace.name, target_name)};
+  replay::RunOptions options{.batch_max = arguments.batch_max, .verify = arguments.verify, .progress = {}};
+  options.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
+  auto report = [&]() -> Result<replay::RunReport> {
+    const auto target = open_target(target_name, host, memory, arguments.batch_max);
+    if (!target) return target.error();
+    return replay::replay(host, **target, trace.plan, options, trace.name, target_name);
+  }();
+  // The target is gone: whatever it left behind stays for ever.
+  if (report && arguments.verify)
+    if (const auto clean = host.check_nothing_left(); !clean) return clean.error();
+  return report;
+}
+
+ExitStatus run_replay(const Arguments& arguments) {
+  // All input is read and checked before anything is opened: nothing is left half done.
+  std::vector<LoadedTrace> traces;
+  for (const std::string& path : arguments.traces) {
+    auto loaded = load(path, arguments);
+    if (!loaded) return report_input(loaded.error());
+    traces.push_back(*std::move(loaded));
+  }
+  const auto host = replay::Host::open(arguments.backend, arguments.device);
+  if (!host) {
+    const ExitStatus status = report(host.error());
+    return host.error().code == Errc::invalid_argument ? ExitStatus::usage : status;  // an unknown backend
+  }
+  std::vector<replay::RunReport> runs;
+  for (const LoadedTrace& trace : traces) {
+    const auto memory = replay::GuestMemory::create(trace.plan.memory);
+    if (!memory) return report(memory.error());
+    for (const std::string& target : arguments.targets) {
+      auto done = run_one(trace, target, **host, *memory, arguments);
+      if (!done) {
+        const bool differs = replay::is_verification_failure(done.error());
+        const ExitStatus status = report(done.error());
+        return differs ? ExitStatus::unverified : status;
+      }
+      runs.push_back(*std::move(done));
+    }
+  }
+  if (arguments.json)
+    fmt::print("{}\n", replay_json(**host, runs, arguments.batch_max).dump(2));
+  else
+    fmt::print("{}", replay_text(**host, runs, arguments.batch_max));
+  return ExitStatus::ok;
+}
+
+}  // namespace
+
+void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
+  auto arguments = std::make_shared<Arguments>();
+  CLI::App* const replay = app.add_subcommand("replay", "Replay traces through the engine, check and time it");
+  replay->add_option("trace", arguments->traces, "Files that 'iovane trace import' wrote")->required();
+  replay
+      ->add_option("--backend", arguments->backend,
+                   "auto (what 'iovane probe' picks, else model), iommufd, type1, type1-v1, compat, compat-v1, or the "
+                   "software IOMMU imitating one: model, model:type1, ...")
+      ->capture_default_str();
+  replay->add_option("--device", arguments->device,
+                     "PCI address of the device to attach (default: the first possible)");
+  replay
+      ->add_option("--baseline", arguments->targets,
+                   "What replays, several allowed: engine; event (one kernel call per event, no engine); leaf (one per "
+                   "4 KiB entry); event-copy and leaf-copy (the same sharing pins, iommufd)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"engine", "event", "leaf", "event-copy", "leaf-copy"}))
+      ->capture_default_str();
+  replay->add_option("--batch", arguments->batch_max, "Most events that are submitted together")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  replay->add_option("--events", arguments->events_max, "Replay only the first N events (0: all)")
+      ->capture_default_str();
+  replay->add_option("--memory", arguments->memory_mib_max, "Most memory to map, in MiB")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  replay->add_flag("--verify,!--no-verify", arguments->verify,
+                   "Compare with the reference after every batch (default)");
+  replay->add_flag("--json", arguments->json, "Print one JSON object");
+  replay->callback([&run, arguments] { run = [arguments] { return run_replay(*arguments); }; });
+}
+
+}  // namespace iovane::cli

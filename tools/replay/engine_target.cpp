@@ -1,0 +1,68 @@
+#include "replay/engine_target.hpp"
+
+#include <array>
+#include <chrono>
+#include <utility>
+
+#include "base/error_text.hpp"
+#include "engine/engine_core.hpp"
+
+namespace iovane::replay {
+
+Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const GuestMemory& memory, std::size_t batch_max) {
+  std::unique_ptr<EngineTarget> target{new EngineTarget};
+  auto backend = host.open_backend(host.kernel());
+  if (!backend) return backend.error();
+  target->engine_ = EngineAccess::open(*std::move(backend), host.backend());
+  AddressSpaceConfig config;
+  config.name = "replay";
+  auto space = target->engine_.create_address_space(config);
+  if (!space) return space.error();
+  target->space_ = *std::move(space);
+  const auto attached = target->space_.attach({.pci_address = host.device()});
+  if (!attached) return attached.error();
+  auto registered = target->space_.register_memory({.address = memory.data(), .length = memory.size()});
+  if (!registered) return registered.error();
+  target->memory_ = *std::move(registered);
+  auto queue = target->space_.open_queue({.depth = static_cast<std::uint32_t>(batch_max)});
+  if (!queue) return queue.error();
+  target->queue_ = *std::move(queue);
+  return target;
+}
+
+void EngineTarget::run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept {
+  for (std::size_t i = 0; i < batch.size(); ++i) {
+    const Operation& op = batch[i];
+    verdicts[i] = {make_error(Errc::limit_reached, Stage::validate, "the queue was full"), {}};
+    bool staged = false;
+    if (op.kind == trace::EventKind::map) {
+      MapRequest request;
+      request.memory = memory_.piece(Bytes{op.memory}, op.range.length());
+      request.access = Access::read_write;
+      request.placement = {.kind = Placement::Kind::fixed, .at = op.range.start};
+      request.user_data = i;
+      staged = queue_.stage(request);
+    } else {
+      staged = queue_.stage(UnmapRequest::of(op.range, i));
+    }
+    if (!staged) break;
+  }
+  queue_.submit();
+  std::array<Completion, 64> completions;
+  while (queue_.outstanding() != 0) {
+    const std::size_t count = queue_.wait(completions, 1, std::chrono::seconds{10});
+    if (count == 0) return;  // what has no verdict by then keeps its error
+    for (std::size_t i = 0; i < count; ++i)
+      verdicts[completions[i].user_data] = {completions[i].error, completions[i].bytes};
+  }
+}
+
+bool EngineTarget::visit_index(const Visit& visit) const {
+  space_.for_each(IovaRange::everything(), [&](const MappingInfo& mapping) {
+    visit(mapping.range, mapping.memory.offset);
+    return true;
+  });
+  return true;
+}
+
+}  // namespace iovane::replay

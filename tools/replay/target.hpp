@@ -1,0 +1,41 @@
+// What replays operations: the engine, or one of the baselines that it is compared with.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+
+#include "iovane/result.hpp"
+#include "iovane/types.hpp"
+#include "replay/plan.hpp"
+
+namespace iovane::replay {
+
+/// How one operation ended.
+struct Verdict {
+  Error error{};
+  Bytes bytes{};  ///< map: its length; unmap: what was removed
+};
+
+class ReplayTarget {
+ public:
+  virtual ~ReplayTarget() = default;
+  ReplayTarget() = default;
+  ReplayTarget(const ReplayTarget&) = delete;
+  ReplayTarget& operator=(const ReplayTarget&) = delete;
+
+  /// Whether it takes batches; the others are given one operation at a time, as they would see them online.
+  virtual bool batches() const noexcept = 0;
+  /// Runs a batch whose operations touch disjoint ranges; returns when all of it is final. Only this is timed.
+  virtual void run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept = 0;
+  /// Removes everything; the bytes removed.
+  virtual Result<Bytes> unmap_all() noexcept = 0;
+
+  /// What the target's own index says is live: the guest memory offset of a range's start.
+  using Visit = std::function<void(IovaRange range, std::uint64_t memory)>;
+  /// False when it keeps no index.
+  virtual bool visit_index(const Visit&) const { return false; }
+};
+
+}  // namespace iovane::replay
