@@ -16,6 +16,7 @@ Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const Guest
   target->engine_ = EngineAccess::open(*std::move(backend), host.backend());
   AddressSpaceConfig config;
   config.name = "replay";
+  config.layout = LayoutPolicy::fixed;  // a guest chooses its IOVAs
   auto space = target->engine_.create_address_space(config);
   if (!space) return space.error();
   target->space_ = *std::move(space);
