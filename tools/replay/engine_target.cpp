@@ -34,7 +34,7 @@ Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const Guest
 void EngineTarget::run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept {
   for (std::size_t i = 0; i < batch.size(); ++i) {
     const Operation& op = batch[i];
-    verdicts[i] = {make_error(Errc::limit_reached, Stage::validate, "the queue was full"), {}};
+    verdicts[i] = {Error{Errc::limit_reached, Stage::validate, 0, 0}, {}};  // until its completion says otherwise
     bool staged = false;
     if (op.kind == trace::EventKind::map) {
       MapRequest request;
