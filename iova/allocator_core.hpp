@@ -163,7 +163,7 @@ class AllocatorCore final : private Roster {
   void discard_run(Run& run) noexcept;
   /// The run that the section's version gives `unit` to, protected by the section.
   Run* locate(MapSection& section, Unit unit) noexcept;
-  void settle(ThreadCache& me, Run& run) noexcept;
+  bool settle(ThreadCache& me, Run& run) noexcept;
   void bury(ThreadCache& me, Run& run) noexcept;
   enum class Eviction { gone, live, contended };
   Eviction evict(ThreadCache& me, SlotWordPtr word) noexcept;

@@ -94,10 +94,7 @@ Answer AllocatorCore::claim_once(ThreadCache& me, UnitRange range, bool& again) 
     }
   }
   if (blocking != nullptr) {
-    const std::uint64_t before = map_.current_version();
-    settle(me, *blocking);
-    // Nothing changed: the map could not be told for want of memory.
-    if (map_.current_version() == before) return {Outcome::no_memory, range};
+    if (!settle(me, *blocking)) return {Outcome::no_memory, range};
     again = true;
     return {};
   }

@@ -116,8 +116,9 @@ Run* AllocatorCore::locate(MapSection& section, Unit unit) noexcept {
   return arena_.at<Run>(there.value.run_id());
 }
 
-// Tells the map about the run's settled slots, whoever settled them.
-void AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
+// Tells the map about the run's settled slots, whoever settled them. False without memory: they stay settled, and
+// whoever wants the units tries again.
+bool AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
   const SegmentValue mine = SegmentValue::run(arena_.id_of(&run));
   constexpr unsigned ranges_max = 4;
   for (;;) {  // lock-free: repeats after a commit, its own (bounded by the run's slots) or another thread's
@@ -143,7 +144,7 @@ void AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
       }
       ++slots;
     }
-    if (count == 0) return;
+    if (count == 0) return true;
     TreeEdit edit = section.edit(true);
     bool fits = true;
     for (unsigned r = 0; r < count && fits; ++r) {
@@ -160,11 +161,11 @@ void AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
     }
     if (!fits) {
       edit.abandon();
-      return;  // no memory: the slots stay settled, and whoever wants the units tries again
+      return false;
     }
     base::yield_point("run.settle");
     const auto result = section.commit(edit);
-    if (result == ExtentMap::Commit::no_memory) return;
+    if (result == ExtentMap::Commit::no_memory) return false;
     if (result == ExtentMap::Commit::conflict) continue;
     // relaxed: statistics.
     run_units_.fetch_sub(slots * shape.length, std::memory_order_relaxed);
@@ -174,7 +175,7 @@ void AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
     // A.left - acq_rel: who takes the last slot comes after all who took others.
     if (run.slots_left.fetch_sub(slots, std::memory_order_acq_rel) == slots) {
       bury(me, run);
-      return;
+      return true;
     }
   }
 }
