@@ -45,7 +45,10 @@ def path_exists(root: Path, document: Path, text: str) -> bool:
 
 
 def ours(name: str) -> bool:
-    """Whether a name can only be one of ours: plain words in backticks are commands, options and values."""
+    """Whether a name can only be one of ours: plain words in backticks are commands, options and values, and names in
+    capitals are the kernel's, unless they begin with IOVANE_."""
+    if name.isupper() and not name.startswith("IOVANE_"):
+        return False
     return name.endswith("()") or "::" in name or re.search(r"[a-z][A-Z]|_", name) is not None
 
 

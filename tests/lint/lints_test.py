@@ -98,7 +98,7 @@ class Atomics(unittest.TestCase):
             "std::atomic<int> a; void f() { a += 2; }",
             "void f(T& t) { t.word.fetch_or(1); }",
             "void f(T& t) { return t.word.load(); }",
-            "void f(T* t) { t->word.compare_exchange_weak(a, b, std::memory_order_acquire); }",
+            "void f(T* t) { t->word.compare_exchange_weak(a, b); }",
             "std::atomic_flag b; void f() { b.test_and_set(); }",
             "std::atomic<int> a; int f() {\n\n\n\n return a.load(std::memory_order_seq_cst); }",
         ):
@@ -132,14 +132,14 @@ class Docs(WithTree):
         return docs.check(self.root)
 
     def test_refuses_what_is_gone(self):
-        for span in ("core/base/gone.hpp", "gone.hpp", "GoneType", "gone_call()", "RealType::gone_call", "core/gone/*.hpp"):
+        for span in ("IOVANE_GONE", "core/base/gone.hpp", "gone.hpp", "GoneType", "gone_call()", "RealType::gone_call", "core/gone/*.hpp"):
             with self.subTest(span=span):
                 self.assertEqual(len(self.findings(f"# T\nsee `{span}`\n")), 1)
 
     def test_allows_what_is_there_and_what_is_not_ours(self):
         for span in (
             "core/base/real.hpp", "real.hpp", "base/real.hpp", "core/base/*.hpp", "RealType", "RealType::real_call()",
-            "iovane trace import", "--json", "/dev/iommu", "build/release", "std::vector", "4096", "map",
+            "iovane trace import", "IOMMU_IOAS_MAP", "--json", "/dev/iommu", "build/release", "std::vector", "4096", "map",
         ):  # fmt: skip
             with self.subTest(span=span):
                 self.assertEqual(self.findings(f"# T\nsee `{span}`\n"), [])
@@ -216,6 +216,12 @@ class Summary(WithTree):
         self.assertEqual((text.split("\n")[-1], status), ("1 passed, 0 failed, 2 skipped", 0))
         self.assertIn("because: no /dev/iommu here", text)
         self.assertIn("because: no qemu", text)
+
+    def test_names_what_a_program_that_passed_skipped_inside(self):
+        output = "[ RUN      ] A.b\n/x/y.cpp:7: Skipped\nno cdev\n\n[  SKIPPED ] A.b (0 ms)\n[  PASSED  ] 3 tests.\n"
+        text, status = self.summarize({"name": "lab", "status": "run", "output": output})
+        self.assertEqual((text.split("\n")[-1], status), ("1 passed, 0 failed, 0 skipped", 0))
+        self.assertIn("1 because: no cdev", text)
 
     def test_calls_failed_what_failed_and_what_could_not_start(self):
         text, status = self.summarize(

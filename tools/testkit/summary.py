@@ -17,10 +17,13 @@ from pathlib import Path
 NO_REASON = "gives no reason"
 
 
+# gtest prints "file:line: Skipped" and then the text, up to the next line of its own.
+GTEST_SKIP = re.compile(r"^\S+:\d+: Skipped\n(.*?)(?=^\[|^\s*$|\Z)", re.MULTILINE | re.DOTALL)
+
+
 def skip_reason(output: str) -> str:
     """What a skipped test says about it: GTEST_SKIP's text, or the line of a script that begins with 'skipped:'."""
-    # gtest prints "file:line: Skipped" and then the text, up to the next line of its own.
-    match = re.search(r"^\S+:\d+: Skipped\n(.*?)(?=^\[|^\s*$|\Z)", output, re.MULTILINE | re.DOTALL)
+    match = GTEST_SKIP.search(output)
     if not match:
         match = re.search(r"^(?:\S+: )?skipped:\s*(.+)$", output, re.MULTILINE | re.IGNORECASE)
     return " ".join(match.group(1).split()) if match and match.group(1).strip() else NO_REASON
@@ -43,6 +46,7 @@ class Tally:
         self.counts: dict[str, Counter] = defaultdict(Counter)
         self.failed: list[str] = []
         self.skipped: dict[str, list[str]] = defaultdict(list)
+        self.skipped_inside: dict[str, Counter] = defaultdict(Counter)
 
     def total(self, kind: str) -> int:
         return sum(counter[kind] for counter in self.counts.values())
@@ -50,11 +54,11 @@ class Tally:
     def add(self, run: str, case: ElementTree.Element, labels: dict[str, str]) -> None:
         name = case.get("name") or "a test without a name"
         label = labels.get(name, "no label")
+        output = "\n".join(element.text or "" for element in case.iter("system-out"))
         skipped = case.find("skipped")
         message = skipped.get("message") or "" if skipped is not None else ""
         # ctest also calls "not run" what it could not start, such as a program that was not built: that is a failure.
         if skipped is not None and (message.startswith("SKIP_") or case.get("status") == "disabled"):
-            output = "\n".join(element.text or "" for element in case.iter("system-out"))
             reason = "disabled" if case.get("status") == "disabled" else skip_reason(output)
             self.counts[label]["skipped"] += 1
             self.skipped[reason].append(f"{run}: {name}")
@@ -66,6 +70,9 @@ class Tally:
             self.failed.append(f"{run}: {name}")
         else:
             self.counts[label]["passed"] += 1
+            # One ctest can be a whole gtest program, in the lab for instance: what it skipped inside counts as a part.
+            for match in GTEST_SKIP.finditer(output):
+                self.skipped_inside[f"{run}: {name}"][" ".join(match.group(1).split()) or NO_REASON] += 1
 
 
 def summarize(directory: Path, other_failures: list[str]) -> tuple[str, int]:
@@ -91,6 +98,9 @@ def summarize(directory: Path, other_failures: list[str]) -> tuple[str, int]:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             lines.append(f"  {len(names)} because: {reason}")
             lines.append(f"      {shown}")
+    for name, reasons in sorted(tally.skipped_inside.items()):
+        lines += ["", f"skipped inside {name}, which passed:"]
+        lines += [f"  {count} because: {reason}" for reason, count in reasons.most_common()]
     if tally.total("passed") + len(failed) == 0:
         lines += ["", "no test ran"]
     lines += ["", f"{tally.total('passed')} passed, {len(failed)} failed, {tally.total('skipped')} skipped"]
