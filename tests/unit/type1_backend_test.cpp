@@ -39,7 +39,7 @@ class Type1BackendTest : public testing::Test {
     });
     kernel_.on<Container>([this](Container&) { return set_container_; });
     kernel_.on<DeviceName>([this](DeviceName&) { return device_fd_; });
-    kernel_.on<vf::Type1Info>([this](vf::Type1Info& info) {
+    kernel_.on<vf::Type1Info>([](vf::Type1Info& info) {
       info.flags = vf::type1_info_pgsizes;
       info.iova_pgsizes = 0x40201000;
       return 0;
