@@ -51,6 +51,7 @@ Result<std::unique_ptr<MapCache>> MapCache::open(PinProvider& provider, PinBudge
 MapCache::~MapCache() {
   if (index_.is_forked_copy()) {
     // The pins, the monitor's threads and the budget's other caches are the parent's business.
+    static_cast<void>(changed_.release());
     return;
   }
   if (watcher_ != nullptr) watcher_->remove_listener(*this);
@@ -116,7 +117,7 @@ Result<void> MapCache::remove_file(const MemoryRange& window) noexcept {
         if (f.used && f.range.overlaps(window)) return true;
       return false;
     };
-    while (being_pinned()) changed_.wait(held);
+    while (being_pinned()) changed_->wait(held);
   }
   collect();
   if (files_.remove(window)) return {};
@@ -131,6 +132,11 @@ MapCacheStats MapCache::stats() const noexcept {
   return s;
 }
 
+bool MapCache::has_retired() const noexcept {
+  const std::lock_guard held{lock_};
+  return retired_oldest_ != no_region;
+}
+
 void MapCache::changes_begin() noexcept {
   // seq_cst: before the monitor's read(2), whose wake-up of the event's author carries it to that thread (A.changes).
   changes_pending_.store(1, std::memory_order_seq_cst);
@@ -143,7 +149,7 @@ void MapCache::changes_end() noexcept {
     // R.changes - release, pairs with A.changes in try_acquire(): what was invalidated is out of the index.
     changes_pending_.store(0, std::memory_order_release);
   }
-  changed_.notify_all();
+  changed_->notify_all();
 }
 
 void MapCache::forked() noexcept { invalidate({0, file_key_first - 1}); }

@@ -116,6 +116,7 @@ class MapCache final : public Evictor, public StalenessListener {
   /// Unpins retired regions whose leases are gone. Misses, evictions and the monitor's second thread do it too.
   /// Returns the bytes that came free.
   std::uint64_t collect() noexcept override;
+  bool has_retired() const noexcept override;
   /// Evictor: unpins unused regions.
   std::uint64_t evict(std::uint64_t bytes, std::uint8_t node) noexcept override;
 
@@ -175,7 +176,9 @@ class MapCache final : public Evictor, public StalenessListener {
   std::atomic<std::uint32_t> changes_pending_{0};
 
   mutable std::mutex lock_;
-  std::condition_variable changed_;  // a pin under way ended, or the monitor worked off its events
+  /// A pin under way ended, or the monitor worked off its events. On the heap: a forked child must not destroy a
+  /// condition that threads it does not have are waiting for (pthread_cond_destroy would wait for them).
+  std::unique_ptr<std::condition_variable> changed_ = std::make_unique<std::condition_variable>();
   EvictionPolicy policy_;
   ByteLimit space_;
   std::array<InFlight, in_flight_max> in_flight_{};

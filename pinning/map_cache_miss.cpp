@@ -43,7 +43,7 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
       if (verdict == PlanVerdict::wait) {
         // Someone else's pin or the monitor's work; both end by themselves and notify.
         ++stats_.waits;
-        changed_.wait(held);
+        changed_->wait(held);
         ++rounds_left;
         continue;
       }
@@ -209,7 +209,7 @@ Result<void> MapCache::watch(PinBatch& batch) noexcept {
   if (watcher_ == nullptr) return {};
   for (std::size_t i = 0; i < batch.count; ++i) {
     if (batch.pieces[i].range.is_file()) continue;
-    if (auto watched = watcher_->watch(batch.pieces[i].range); !watched) return watched;
+    if (auto watched = watcher_->watch(batch.pieces[i].range, batch.access); !watched) return watched;
     batch.pieces[i].watched = true;
   }
   return {};
@@ -254,7 +254,7 @@ void MapCache::publish(PinBatch& batch) noexcept {
       flight = {};
     }
   }
-  changed_.notify_all();
+  changed_->notify_all();
   if (undo_count != 0) {
     std::array<Error, pieces_max> errors{};
     provider_.unpin({undo.data(), undo_count}, {errors.data(), undo_count});
@@ -275,7 +275,7 @@ void MapCache::abandon(PinBatch& batch) noexcept {
     const std::lock_guard held{lock_};
     for (std::size_t i = 0; i < batch.count; ++i) in_flight_[batch.pieces[i].flight] = {};
   }
-  changed_.notify_all();
+  changed_->notify_all();
   for (std::size_t i = 0; i < batch.count; ++i)
     if (batch.pieces[i].charged != 0) {
       uncharge(batch.pieces[i].node, batch.pieces[i].charged);

@@ -38,7 +38,8 @@ Result<void> PinIndex::open() noexcept {
 }
 
 PinIndex::~PinIndex() {
-  if (number_ != 0) {
+  // In a forked child another thread may have held the lock, for good.
+  if (number_ != 0 && !is_forked_copy()) {
     const std::lock_guard held{numbers_lock};
     numbers_used[number_] = false;
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "iovane/result.hpp"
+#include "iovane/types.hpp"
 #include "pinning/memory_range.hpp"
 
 namespace iovane::pinning {
@@ -22,8 +23,10 @@ class StalenessListener {
   virtual std::size_t invalidate(const MemoryRange& range) noexcept = 0;
   /// The process forked: pages that it shares with the child may be copied when either writes.
   virtual void forked() noexcept = 0;
-  /// Time to drop pins that nobody uses any more. May do anything; not called while an event waits.
+  /// Time to drop pins that nobody uses any more. May block in the kernel. Returns the bytes that came free.
   virtual std::uint64_t collect() noexcept = 0;
+  /// Whether regions wait for their users, so that collect() should be called again.
+  virtual bool has_retired() const noexcept = 0;
 };
 
 /// The monitor, as a cache sees it. Any thread.
@@ -33,9 +36,10 @@ class MemoryWatcher {
   virtual Result<void> add_listener(StalenessListener& listener) noexcept = 0;
   /// When it returns, no call to the listener is running or will come.
   virtual void remove_listener(StalenessListener& listener) noexcept = 0;
-  /// From now on changes of this memory are reported. Before it is pinned, and again for every pin: whatever was mapped
-  /// there when it was last watched may have been replaced.
-  virtual Result<void> watch(const MemoryRange& range) noexcept = 0;
+  /// Makes the memory present and reports its changes from now on. Before it is pinned, and again for every pin:
+  /// whatever was mapped there when it was last watched may have been replaced. Errors: bad_memory (not mapped, or of a
+  /// kind that cannot be watched), busy (another monitor watches it).
+  virtual Result<void> watch(const MemoryRange& range, Access access) noexcept = 0;
   /// No region covers this range any more.
   virtual void unwatch(const MemoryRange& range) noexcept = 0;
 };
