@@ -25,14 +25,14 @@ namespace iovane::backends {
 
 /// The kernel interface under a backend.
 enum class Interface : std::uint8_t {
-  iommufd,        ///< IOAS of /dev/iommu
-  type1_v2,       ///< VFIO container, VFIO_TYPE1v2_IOMMU
-  type1_v1,       ///< VFIO container, VFIO_TYPE1_IOMMU: unmap by first IOVA
-  compat_v2,      ///< type1 v2 calls on /dev/iommu's compatibility interface
-  compat_v1,      ///< type1 v1 calls on it: large IOPTEs are off
-  spapr_v1,       ///< VFIO container, VFIO_SPAPR_TCE_IOMMU
-  spapr_v2,       ///< VFIO container, VFIO_SPAPR_TCE_v2_IOMMU
-  stage1,         ///< first-stage tables of our own on a nesting parent
+  iommufd,    ///< IOAS of /dev/iommu
+  type1_v2,   ///< VFIO container, VFIO_TYPE1v2_IOMMU
+  type1_v1,   ///< VFIO container, VFIO_TYPE1_IOMMU: unmap by first IOVA
+  compat_v2,  ///< type1 v2 calls on /dev/iommu's compatibility interface
+  compat_v1,  ///< type1 v1 calls on it: large IOPTEs are off
+  spapr_v1,   ///< VFIO container, VFIO_SPAPR_TCE_IOMMU
+  spapr_v2,   ///< VFIO container, VFIO_SPAPR_TCE_v2_IOMMU
+  stage1,     ///< first-stage tables of our own on a nesting parent
 };
 std::string_view to_string(Interface interface) noexcept;
 
@@ -66,9 +66,9 @@ std::string_view to_string(Capability bit) noexcept;
 struct SpaceFacts {
   Interface interface = Interface::iommufd;
   Capability capabilities = Capability::none;
-  Bytes granule{4096};               ///< smallest unit of IOVA and of memory
-  std::uint64_t page_sizes = 0;      ///< bit n: IOPTEs of 2^n bytes are possible; 0 when unknown before an attach
-  std::uint64_t entries_max = 0;     ///< live mappings that the kernel accepts; 0: no such limit
+  Bytes granule{4096};            ///< smallest unit of IOVA and of memory
+  std::uint64_t page_sizes = 0;   ///< bit n: IOPTEs of 2^n bytes are possible; 0 when unknown before an attach
+  std::uint64_t entries_max = 0;  ///< live mappings that the kernel accepts; 0: no such limit
 };
 
 /// Memory that was registered with a space (or with the backend it belongs to). 0 is "none".
@@ -79,9 +79,9 @@ struct RegionId {
 
 /// Memory to be registered: a range of this process, or of a file.
 struct MemoryRange {
-  void* address = nullptr;      ///< process address; null when `fd` alone describes the memory
-  Bytes length{};               ///< multiple of the granule
-  int fd = -1;                  ///< memfd, hugetlbfs file, dma-buf; -1 for none; borrowed until unregistered
+  void* address = nullptr;  ///< process address; null when `fd` alone describes the memory
+  Bytes length{};           ///< multiple of the granule
+  int fd = -1;              ///< memfd, hugetlbfs file, dma-buf; -1 for none; borrowed until unregistered
   std::uint64_t fd_offset = 0;
 };
 
@@ -98,7 +98,7 @@ struct BackendOp {
   Access access = Access::none;  ///< map, copy, replace
   RegionId region{};             ///< where `memory` points: 0 = process address, otherwise offset into the region
   IovaRange range{};
-  std::uint64_t memory = 0;      ///< process address or region offset; ignored by unmap
+  std::uint64_t memory = 0;  ///< process address or region offset; ignored by unmap
 };
 
 /// The verdict on one operation. A failed unmap may have removed part: `bytes` says how much is known to be gone.
@@ -109,9 +109,9 @@ struct BackendOpResult {
 
 /// Which device to attach. Descriptors win over paths, and with them nothing is opened by path.
 struct DeviceSource {
-  std::string pci_address{}; ///< "0000:00:03.0"; needed for type1 even with descriptors, to name the device
-  int cdev_fd = -1;          ///< open VFIO device cdev (iommufd)
-  int group_fd = -1;         ///< open VFIO group (type1, sPAPR)
+  std::string pci_address{};  ///< "0000:00:03.0"; needed for type1 even with descriptors, to name the device
+  int cdev_fd = -1;           ///< open VFIO device cdev (iommufd)
+  int group_fd = -1;          ///< open VFIO group (type1, sPAPR)
 };
 
 /// An attached device. Ids are never reused within a space.
@@ -121,23 +121,23 @@ struct DeviceId {
 };
 struct AttachedDevice {
   DeviceId id{};
-  std::string name;               ///< PCI address, or "cdev fd N"
-  int device_fd = -1;             ///< for BARs and interrupts; owned by the space, valid until detach
-  std::vector<IovaRange> reserved;///< what this device's group takes out of the space, as far as the host says
-  std::string iommu;              ///< "Intel VT-d", "Arm SMMUv3", ...; empty where the interface does not tell
-  bool dirty_tracking = false;    ///< its writes can be recorded per page
+  std::string name;                 ///< PCI address, or "cdev fd N"
+  int device_fd = -1;               ///< for BARs and interrupts; owned by the space, valid until detach
+  std::vector<IovaRange> reserved;  ///< what this device's group takes out of the space, as far as the host says
+  std::string iommu;                ///< "Intel VT-d", "Arm SMMUv3", ...; empty where the interface does not tell
+  bool dirty_tracking = false;      ///< its writes can be recorded per page
 };
 
 /// What a space must look like from the start.
 struct SpaceOptions {
-  bool large_iopte = true;        ///< false forces granule-sized IOPTEs where the kernel allows it (measurement)
-  bool dirty_tracking = false;    ///< refuse devices that cannot track
+  bool large_iopte = true;      ///< false forces granule-sized IOPTEs where the kernel allows it (measurement)
+  bool dirty_tracking = false;  ///< refuse devices that cannot track
 };
 
 /// How much the kernel still accepts. Numbers are what the host reports now, not a promise.
 struct Headroom {
-  std::optional<std::uint64_t> entries;       ///< further live mappings
-  std::optional<Bytes> memlock;               ///< further pinned bytes under the limit; nothing when unlimited
+  std::optional<std::uint64_t> entries;  ///< further live mappings
+  std::optional<Bytes> memlock;          ///< further pinned bytes under the limit; nothing when unlimited
 };
 
 /// One I/O address space. Threads: execute() as Capability::parallel_map says, otherwise one thread at a time; all

@@ -18,12 +18,12 @@ namespace iovane::backends {
 
 /// A PCI function as sysfs shows it.
 struct PciDevice {
-  std::string address;      ///< "0000:00:03.0"
+  std::string address;  ///< "0000:00:03.0"
   std::uint16_t vendor = 0;
   std::uint16_t device = 0;
-  std::string driver;       ///< bound driver, empty for none; only "vfio-pci" and its kin can be attached
-  int group = -1;           ///< IOMMU group number, -1 when no IOMMU translates for it
-  std::string cdev;         ///< "/dev/vfio/devices/vfio0", empty when the kernel offers none
+  std::string driver;  ///< bound driver, empty for none; only "vfio-pci" and its kin can be attached
+  int group = -1;      ///< IOMMU group number, -1 when no IOMMU translates for it
+  std::string cdev;    ///< "/dev/vfio/devices/vfio0", empty when the kernel offers none
   int numa_node = -1;
   std::vector<IovaRange> reserved;  ///< the group's reserved regions (sysfs reserved_regions), sorted
 };

@@ -135,9 +135,9 @@ std::string_view to_string(Errc code) noexcept { return facts_of(code).name; }
 int to_errno(Errc code) noexcept { return facts_of(code).os_errno; }
 
 std::string_view to_string(Stage stage) noexcept {
-  static constexpr std::array<std::string_view, 13> names{"none",    "open",  "validate", "reserve", "pin",
-                                                          "map",     "publish", "unmap",  "unpin",   "release",
-                                                          "attach",  "detach", "query"};
+  static constexpr std::array<std::string_view, 13> names{"none",   "open",    "validate", "reserve", "pin",
+                                                          "map",    "publish", "unmap",    "unpin",   "release",
+                                                          "attach", "detach",  "query"};
   const auto index = static_cast<std::size_t>(stage);
   return index < names.size() ? names[index] : "unknown";
 }

@@ -14,8 +14,8 @@ bool count_attempt(FaultKind kind) noexcept {
   // relaxed throughout: the countdown is a number nobody reads data through.
   if ((fault_kinds.load(std::memory_order_relaxed) & static_cast<std::uint32_t>(kind)) == 0) return false;
   std::uint64_t left = fault_countdown.load(std::memory_order_relaxed);
-  while (left != 0 && !fault_countdown.compare_exchange_weak(left, left - 1, std::memory_order_relaxed,
-                                                             std::memory_order_relaxed)) {
+  while (left != 0 &&
+         !fault_countdown.compare_exchange_weak(left, left - 1, std::memory_order_relaxed, std::memory_order_relaxed)) {
     // bounded: each retry means that another thread made its own attempt count.
   }
   if (left != 1) return false;

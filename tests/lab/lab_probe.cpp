@@ -1,11 +1,12 @@
 // Proves the lab end to end, from inside: the kernel interfaces are there and a device answers through them.
 //
-// For the first device of IOVANE_LAB_DEVICES: open its group, attach it to a legacy container, read edu's identification word
-// from BAR0. Where the kernel offers a device node (cdev), an IOAS must also come out of /dev/iommu. Prints one line per finding;
-// exit status 0 means that all held.
+// For the first device of IOVANE_LAB_DEVICES: open its group, attach it to a legacy container, read edu's
+// identification word from BAR0. Where the kernel offers a device node (cdev), an IOAS must also come out of
+// /dev/iommu. Prints one line per finding; exit status 0 means that all held.
 //
 // With an argument it misbehaves, so that the lab's verdicts can be checked:
-//   exit N    abort    hang    crash (the kernel's, by sysrq)    flood (1 MiB on each output)    leave (files in the working directory)
+//   exit N    abort    hang    crash (the kernel's, by sysrq)    flood (1 MiB on each output)    leave (files in the
+//   working directory)
 
 #include <cerrno>
 #include <csignal>
@@ -95,7 +96,8 @@ void check_edu(int group, const std::string& bdf) {
   if (ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &config) != 0) fail("region info of config space");
   if (ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &bar) != 0) fail("region info of BAR0");
   const std::uint8_t command[2] = {0x06, 0x00};  // memory space, bus master
-  if (pwrite(device, command, sizeof command, static_cast<off_t>(config.offset + 4)) != 2) fail("write the command register");
+  if (pwrite(device, command, sizeof command, static_cast<off_t>(config.offset + 4)) != 2)
+    fail("write the command register");
   std::uint32_t id = 0;
   if (pread(device, &id, sizeof id, static_cast<off_t>(bar.offset)) != 4) fail("read BAR0");
   if (id != edu_id && __builtin_bswap32(id) != edu_id) {

@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <random>
 #include <thread>
 #include <vector>
@@ -10,17 +9,13 @@
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
 #include "support/recording_backend.hpp"
+#include "support/seed.hpp"
 
 namespace iovane {
 namespace {
 
-std::uint64_t seed() {
-  const char* given = std::getenv("IOVANE_SEED");  // NOLINT(concurrency-mt-unsafe): read before threads start
-  return given != nullptr ? std::strtoull(given, nullptr, 0) : std::random_device{}();
-}
-
 TEST(EngineStress, EveryOperationCompletesOnceAndTheEndIsEmpty) {
-  const std::uint64_t base_seed = seed();
+  const std::uint64_t base_seed = test::seed();
   SCOPED_TRACE(::testing::Message() << "IOVANE_SEED=" << base_seed);
   testing::RecordingSpace* backend = nullptr;
   Engine engine = EngineAccess::open(std::make_unique<testing::RecordingBackend>(backend), "recording");

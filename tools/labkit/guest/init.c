@@ -1,7 +1,8 @@
 // PID 1 of the lab's guest.
 //
-// Reads one job from /lab/job, prepares the machine for it, runs the job's program, and reports everything to the host over one
-// virtio-serial port. The kernel keeps its console to itself, so program output never mixes with kernel messages.
+// Reads one job from /lab/job, prepares the machine for it, runs the job's program, and reports everything to the host
+// over one virtio-serial port. The kernel keeps its console to itself, so program output never mixes with kernel
+// messages.
 //
 //   job file    records "key value", each ended by a NUL byte; the keys are in read_job().
 //   to host     frames: one type byte, the payload's length in four bytes (little endian), the payload.
@@ -9,8 +10,8 @@
 //                 'a' a piece of a newc archive (the files that come back)   'x' the verdict, always last
 //   from host   single bytes: 'K' stop the program now, 'B' everything arrived: power off.
 //
-// The verdict is text: "exit N", "signal N", "stopped" (the host asked, the program died), "stuck" (the host asked, and it would not
-// die), or "failed WHY" (this program could not start the job).
+// The verdict is text: "exit N", "signal N", "stopped" (the host asked, the program died), "stuck" (the host asked, and
+// it would not die), or "failed WHY" (this program could not start the job).
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -50,14 +51,14 @@ enum {
 };
 
 struct list {
-  char *item[list_max];
+  char* item[list_max];
   int count;
 };
 
 static struct {
   struct list args, env, modules, bind, bring;
-  char *dma_entry_limit;
-  char *cwd;
+  char* dma_entry_limit;
+  char* cwd;
 } job;
 
 static int port = -1;
@@ -75,8 +76,8 @@ static void sleep_ms(int ms) {
 
 // ---- the channel to the host
 
-static bool write_all(int fd, const void *data, size_t length) {
-  const char *from = data;
+static bool write_all(int fd, const void* data, size_t length) {
+  const char* from = data;
   while (length > 0) {
     ssize_t n = write(fd, from, length);
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
@@ -87,12 +88,13 @@ static bool write_all(int fd, const void *data, size_t length) {
   return true;
 }
 
-static void send_frame(char type, const void *data, size_t length) {
-  unsigned char head[5] = {(unsigned char)type, length & 255, length >> 8 & 255, length >> 16 & 255, length >> 24 & 255};
+static void send_frame(char type, const void* data, size_t length) {
+  unsigned char head[5] = {(unsigned char)type, length & 255, length >> 8 & 255, length >> 16 & 255,
+                           length >> 24 & 255};
   if (port < 0 || !write_all(port, head, sizeof head) || !write_all(port, data, length)) port = -1;
 }
 
-__attribute__((format(printf, 2, 3))) static void send_text(char type, const char *format, ...) {
+__attribute__((format(printf, 2, 3))) static void send_text(char type, const char* format, ...) {
   char text[1024];
   va_list args;
   va_start(args, format);
@@ -117,7 +119,7 @@ static void await_goodbye(void) {
   }
 }
 
-__attribute__((format(printf, 1, 2))) static _Noreturn void give_up(const char *format, ...) {
+__attribute__((format(printf, 1, 2))) static _Noreturn void give_up(const char* format, ...) {
   char text[512];
   va_list args;
   va_start(args, format);
@@ -130,7 +132,7 @@ __attribute__((format(printf, 1, 2))) static _Noreturn void give_up(const char *
 
 // ---- small file helpers
 
-static bool write_text(const char *path, const char *text) {
+static bool write_text(const char* path, const char* text) {
   int fd = open(path, O_WRONLY | O_CLOEXEC);
   if (fd < 0) return false;
   bool ok = write(fd, text, strlen(text)) == (ssize_t)strlen(text);
@@ -139,14 +141,14 @@ static bool write_text(const char *path, const char *text) {
 }
 
 // A line in the kernel's own log, so that the console shows which messages belong to the program.
-static void mark_kernel_log(const char *text) {
+static void mark_kernel_log(const char* text) {
   char line[128];
   snprintf(line, sizeof line, "<5>iovane-lab: %s", text);
   write_text("/dev/kmsg", line);
 }
 
 // Reads the first line of a small file; empty when there is none.
-static void read_line(const char *path, char *line, size_t size) {
+static void read_line(const char* path, char* line, size_t size) {
   int fd = open(path, O_RDONLY | O_CLOEXEC);
   ssize_t n = fd < 0 ? 0 : read(fd, line, size - 1);
   if (fd >= 0) close(fd);
@@ -155,13 +157,13 @@ static void read_line(const char *path, char *line, size_t size) {
 }
 
 // Reads a whole file of unknown size. The caller frees the result; NULL with errno on failure.
-static char *slurp(int fd, size_t limit, size_t *length) {
+static char* slurp(int fd, size_t limit, size_t* length) {
   size_t room = 64 * 1024, used = 0;
-  char *data = malloc(room);
+  char* data = malloc(room);
   while (data) {
     if (used == room) {
       if (room >= limit) break;
-      char *larger = realloc(data, room *= 2);
+      char* larger = realloc(data, room *= 2);
       if (!larger) break;
       data = larger;
     }
@@ -178,7 +180,7 @@ static char *slurp(int fd, size_t limit, size_t *length) {
   return data;
 }
 
-static void append(struct list *list, char *item) {
+static void append(struct list* list, char* item) {
   if (list->count == list_max - 1) give_up("more than %d entries of one kind in the job", list_max - 1);
   list->item[list->count++] = item;
 }
@@ -222,25 +224,33 @@ static void raise_loopback(void) {
 }
 
 // Fills `job`. The records stay in memory for the life of this process.
-static const char *read_job(void) {
+static const char* read_job(void) {
   int fd = open("/lab/job", O_RDONLY | O_CLOEXEC);
   size_t length = 0;
-  char *data = fd < 0 ? NULL : slurp(fd, 16 << 20, &length);
+  char* data = fd < 0 ? NULL : slurp(fd, 16 << 20, &length);
   if (!data || length == 0 || data[length - 1] != 0) return "no readable /lab/job in the initramfs";
   close(fd);
-  for (char *record = data; record < data + length; record += strlen(record) + 1) {
-    char *value = strchr(record, ' ');
+  for (char* record = data; record < data + length; record += strlen(record) + 1) {
+    char* value = strchr(record, ' ');
     if (!value) return "a record without a value in /lab/job";
     size_t key = (size_t)(value++ - record);
 #define KEY(name) (key == strlen(name) && memcmp(record, name, key) == 0)
-    if (KEY("arg")) append(&job.args, value);
-    else if (KEY("env")) append(&job.env, value);
-    else if (KEY("module")) append(&job.modules, value);
-    else if (KEY("bind")) append(&job.bind, value);
-    else if (KEY("bring")) append(&job.bring, value);
-    else if (KEY("dma_entry_limit")) job.dma_entry_limit = value;
-    else if (KEY("cwd")) job.cwd = value;
-    else return "an unknown key in /lab/job";
+    if (KEY("arg"))
+      append(&job.args, value);
+    else if (KEY("env"))
+      append(&job.env, value);
+    else if (KEY("module"))
+      append(&job.modules, value);
+    else if (KEY("bind"))
+      append(&job.bind, value);
+    else if (KEY("bring"))
+      append(&job.bring, value);
+    else if (KEY("dma_entry_limit"))
+      job.dma_entry_limit = value;
+    else if (KEY("cwd"))
+      job.cwd = value;
+    else
+      return "an unknown key in /lab/job";
 #undef KEY
     record = value;
   }
@@ -248,11 +258,11 @@ static const char *read_job(void) {
 }
 
 // Modules come with their dependencies first; a failure is reported once the port is there.
-static char *load_modules(void) {
+static char* load_modules(void) {
   enum { compressed = 4 };  // MODULE_INIT_COMPRESSED_FILE
   static char failure[256];
   for (int i = 0; i < job.modules.count && !failure[0]; i++) {
-    const char *path = job.modules.item[i];
+    const char* path = job.modules.item[i];
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     bool packed = strstr(path, ".ko.") != NULL;
     if (fd < 0 || (syscall(SYS_finit_module, fd, "", packed ? compressed : 0) != 0 && errno != EEXIST))
@@ -263,10 +273,10 @@ static char *load_modules(void) {
 }
 
 // The port's device node appears when the driver has probed, which may be after PID 1 has started.
-static int open_port(const char *name) {
+static int open_port(const char* name) {
   for (int64_t until = now_ms() + port_wait_ms; now_ms() < until; sleep_ms(20)) {
-    DIR *dir = opendir("/sys/class/virtio-ports");
-    struct dirent *entry;
+    DIR* dir = opendir("/sys/class/virtio-ports");
+    struct dirent* entry;
     int fd = -1;
     while (dir && fd < 0 && (entry = readdir(dir))) {
       char path[512], found[64];
@@ -282,22 +292,22 @@ static int open_port(const char *name) {
   return -1;
 }
 
-static void append_csv(char *csv, size_t size, const char *item) {
+static void append_csv(char* csv, size_t size, const char* item) {
   size_t used = strlen(csv);
   snprintf(csv + used, size - used, "%s%s", used ? "," : "", item);
 }
 
 // vfio makes its nodes while it binds, devtmpfs a moment later.
-static bool await_path(const char *path) {
+static bool await_path(const char* path) {
   for (int64_t until = now_ms() + device_wait_ms; now_ms() < until; sleep_ms(10))
     if (access(path, F_OK) == 0) return true;
   return false;
 }
 
 // The first name in a directory that starts with `prefix`; empty when there is none.
-static void find_entry(const char *path, const char *prefix, char *name, size_t size) {
-  DIR *dir = opendir(path);
-  struct dirent *entry;
+static void find_entry(const char* path, const char* prefix, char* name, size_t size) {
+  DIR* dir = opendir(path);
+  struct dirent* entry;
   name[0] = 0;
   while (dir && !name[0] && (entry = readdir(dir)))
     if (strncmp(entry->d_name, prefix, strlen(prefix)) == 0) snprintf(name, size, "%s", entry->d_name);
@@ -305,7 +315,7 @@ static void find_entry(const char *path, const char *prefix, char *name, size_t 
 }
 
 // Which entry of the job asks for this device; -1 when none does.
-static int asked_by(const char *bdf) {
+static int asked_by(const char* bdf) {
   char path[512], vendor[16], device[16], id[40];
   snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/vendor", bdf);
   read_line(path, vendor, sizeof vendor);
@@ -319,16 +329,19 @@ static int asked_by(const char *bdf) {
 }
 
 // Binds the asked-for devices to vfio-pci and tells the program where they are:
-//   IOVANE_LAB_DEVICES  PCI addresses   IOVANE_LAB_GROUPS  their /dev/vfio/N   IOVANE_LAB_CDEVS  their /dev/vfio/devices/vfioN
+//   IOVANE_LAB_DEVICES  PCI addresses   IOVANE_LAB_GROUPS  their /dev/vfio/N   IOVANE_LAB_CDEVS  their
+//   /dev/vfio/devices/vfioN
 // The three lists run in parallel; "-" stands for a node that this kernel does not offer.
 static void bind_devices(void) {
-  static char devices[4096] = "IOVANE_LAB_DEVICES=", groups[4096] = "IOVANE_LAB_GROUPS=", cdevs[4096] = "IOVANE_LAB_CDEVS=";
-  char *device_list = strchr(devices, '=') + 1, *group_list = strchr(groups, '=') + 1, *cdev_list = strchr(cdevs, '=') + 1;
+  static char devices[4096] = "IOVANE_LAB_DEVICES=", groups[4096] = "IOVANE_LAB_GROUPS=",
+              cdevs[4096] = "IOVANE_LAB_CDEVS=";
+  char *device_list = strchr(devices, '=') + 1, *group_list = strchr(groups, '=') + 1,
+       *cdev_list = strchr(cdevs, '=') + 1;
   bool found[list_max] = {false};
-  struct dirent **entry = NULL;
+  struct dirent** entry = NULL;
   int count = job.bind.count ? scandir("/sys/bus/pci/devices", &entry, NULL, alphasort) : 0;
   for (int i = 0; i < count; i++) {
-    const char *bdf = entry[i]->d_name;
+    const char* bdf = entry[i]->d_name;
     int asker = bdf[0] == '.' ? -1 : asked_by(bdf);
     if (asker < 0) continue;
     found[asker] = true;
@@ -336,7 +349,8 @@ static void bind_devices(void) {
     snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/driver/unbind", bdf);
     write_text(path, bdf);
     snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/driver_override", bdf);
-    if (!write_text(path, "vfio-pci") || !write_text("/sys/bus/pci/drivers_probe", bdf)) give_up("cannot bind %s to vfio-pci: %s", bdf, strerror(errno));
+    if (!write_text(path, "vfio-pci") || !write_text("/sys/bus/pci/drivers_probe", bdf))
+      give_up("cannot bind %s to vfio-pci: %s", bdf, strerror(errno));
     snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/driver", bdf);
     ssize_t n = readlink(path, target, sizeof target - 1);
     target[n > 0 ? n : 0] = 0;
@@ -351,7 +365,8 @@ static void bind_devices(void) {
     snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/vfio-dev", bdf);
     find_entry(path, "vfio", name, sizeof name);
     snprintf(path, sizeof path, "/dev/vfio/devices/%s", name);
-    append_csv(cdev_list, sizeof cdevs - 32, name[0] && access("/dev/vfio/devices", F_OK) == 0 && await_path(path) ? path : "-");
+    append_csv(cdev_list, sizeof cdevs - 32,
+               name[0] && access("/dev/vfio/devices", F_OK) == 0 && await_path(path) ? path : "-");
   }
   for (int i = 0; i < job.bind.count; i++)
     if (!found[i]) give_up("no PCI device %s to bind", job.bind.item[i]);
@@ -362,7 +377,8 @@ static void bind_devices(void) {
 
 static void apply_limits(void) {
   static const char limit[] = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
-  if (job.dma_entry_limit && !write_text(limit, job.dma_entry_limit)) give_up("cannot set %s: %s", limit, strerror(errno));
+  if (job.dma_entry_limit && !write_text(limit, job.dma_entry_limit))
+    give_up("cannot set %s: %s", limit, strerror(errno));
 }
 
 // ---- running the program
@@ -372,7 +388,7 @@ struct child {
   int out, err;  // the reading ends of its pipes; -1 after the end
 };
 
-static struct child start_program(const sigset_t *mask_before) {
+static struct child start_program(const sigset_t* mask_before) {
   int out[2], err[2];
   if (pipe2(out, O_CLOEXEC) || pipe2(err, O_CLOEXEC)) give_up("pipe: %s", strerror(errno));
   pid_t pid = fork();
@@ -399,7 +415,7 @@ static struct child start_program(const sigset_t *mask_before) {
 }
 
 // Passes on what is there now. Closes the pipe at its end.
-static void relay(int *fd, char type) {
+static void relay(int* fd, char type) {
   char buffer[frame_max];
   ssize_t n;
   while (*fd >= 0 && (n = read(*fd, buffer, sizeof buffer)) != 0) {
@@ -412,7 +428,7 @@ static void relay(int *fd, char type) {
 }
 
 // Reaps everything that has died; true when the program itself has.
-static bool reap(pid_t program, int *status) {
+static bool reap(pid_t program, int* status) {
   bool gone = false;
   int one;
   for (pid_t pid; (pid = waitpid(-1, &one, WNOHANG)) > 0;)
@@ -423,14 +439,15 @@ static bool reap(pid_t program, int *status) {
   return gone;
 }
 
-// Ends what the program left behind, so that its vfio and iommufd descriptors close while the kernel log is still watched.
+// Ends what the program left behind, so that its vfio and iommufd descriptors close while the kernel log is still
+// watched.
 static void sweep_processes(void) {
   kill(-1, SIGKILL);
   for (int64_t until = now_ms() + kill_grace_ms; now_ms() < until; sleep_ms(5))
     if (waitpid(-1, NULL, WNOHANG) < 0) return;
 }
 
-static void run_program(char *verdict, size_t size) {
+static void run_program(char* verdict, size_t size) {
   sigset_t child_signal, mask_before;
   sigemptyset(&child_signal);
   sigaddset(&child_signal, SIGCHLD);
@@ -472,10 +489,14 @@ static void run_program(char *verdict, size_t size) {
   relay(&child.out, 'o');
   relay(&child.err, 'e');
   mark_kernel_log("the program ended");
-  if (stuck) snprintf(verdict, size, "stuck");
-  else if (stop_at >= 0) snprintf(verdict, size, "stopped");
-  else if (WIFSIGNALED(status)) snprintf(verdict, size, "signal %d", WTERMSIG(status));
-  else snprintf(verdict, size, "exit %d", WEXITSTATUS(status));
+  if (stuck)
+    snprintf(verdict, size, "stuck");
+  else if (stop_at >= 0)
+    snprintf(verdict, size, "stopped");
+  else if (WIFSIGNALED(status))
+    snprintf(verdict, size, "signal %d", WTERMSIG(status));
+  else
+    snprintf(verdict, size, "exit %d", WEXITSTATUS(status));
 }
 
 // ---- files that come back: one newc archive, in frames
@@ -489,8 +510,8 @@ static void archive_flush(void) {
   archive_used = 0;
 }
 
-static void archive_put(const void *data, size_t length) {
-  const char *from = data;
+static void archive_put(const void* data, size_t length) {
+  const char* from = data;
   archive_length += length;
   while (length > 0) {
     size_t n = sizeof archive_buffer - archive_used;
@@ -505,15 +526,16 @@ static void archive_put(const void *data, size_t length) {
 
 static void archive_pad(void) { archive_put("\0\0\0", (size_t)(-archive_length & 3)); }
 
-static void archive_head(const char *name, unsigned mode, uint64_t size) {
+static void archive_head(const char* name, unsigned mode, uint64_t size) {
   char head[111];
-  snprintf(head, sizeof head, "070701%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X", 0, mode, 0, 0, 1, 0, (unsigned)size, 0, 0, 0, 0, (unsigned)strlen(name) + 1, 0);
+  snprintf(head, sizeof head, "070701%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X", 0, mode, 0, 0, 1, 0,
+           (unsigned)size, 0, 0, 0, 0, (unsigned)strlen(name) + 1, 0);
   archive_put(head, 110);
   archive_put(name, strlen(name) + 1);
   archive_pad();
 }
 
-static void archive_file(const char *path, const struct stat *st) {
+static void archive_file(const char* path, const struct stat* st) {
   int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) {
     send_text('l', "cannot bring %s: %s", path, strerror(errno));
@@ -521,7 +543,7 @@ static void archive_file(const char *path, const struct stat *st) {
   }
   if (st->st_size == 0) {
     size_t length = 0;
-    char *data = slurp(fd, unsized_file_max, &length);
+    char* data = slurp(fd, unsized_file_max, &length);
     if (data) {
       archive_head(path + 1, S_IFREG | (st->st_mode & 0777), length);
       archive_put(data, length);
@@ -537,7 +559,8 @@ static void archive_file(const char *path, const struct stat *st) {
     archive_head(path + 1, S_IFREG | (st->st_mode & 0777), left);
     while (left > 0) {
       ssize_t n = read(fd, block, left < sizeof block ? left : sizeof block);
-      if (n <= 0) memset(block, 0, (size_t)(n = left < sizeof block ? (ssize_t)left : (ssize_t)sizeof block));  // it shrank
+      if (n <= 0)
+        memset(block, 0, (size_t)(n = left < sizeof block ? (ssize_t)left : (ssize_t)sizeof block));  // it shrank
       archive_put(block, (size_t)n);
       left -= (uint64_t)n;
     }
@@ -546,17 +569,21 @@ static void archive_file(const char *path, const struct stat *st) {
   close(fd);
 }
 
-static int archive_entry(const char *path, const struct stat *st, int type, struct FTW *unused) {
+static int archive_entry(const char* path, const struct stat* st, int type, struct FTW* unused) {
   (void)unused;
-  if (type == FTW_D && strcmp(path, "/out") != 0) archive_head(path + 1, S_IFDIR | (st->st_mode & 0777), 0);
-  else if (type == FTW_F && S_ISREG(st->st_mode)) archive_file(path, st);
-  else if (type != FTW_D) send_text('l', "%s is neither a file nor a directory: left behind", path);
+  if (type == FTW_D && strcmp(path, "/out") != 0)
+    archive_head(path + 1, S_IFDIR | (st->st_mode & 0777), 0);
+  else if (type == FTW_F && S_ISREG(st->st_mode))
+    archive_file(path, st);
+  else if (type != FTW_D)
+    send_text('l', "%s is neither a file nor a directory: left behind", path);
   return 0;
 }
 
 static void bring_back(void) {
   for (int i = 0; i < job.bring.count; i++)
-    if (nftw(job.bring.item[i], archive_entry, 16, FTW_PHYS) != 0) send_text('l', "cannot bring %s: %s", job.bring.item[i], strerror(errno));
+    if (nftw(job.bring.item[i], archive_entry, 16, FTW_PHYS) != 0)
+      send_text('l', "cannot bring %s: %s", job.bring.item[i], strerror(errno));
   archive_head("TRAILER!!!", 0, 0);
   archive_flush();
 }
@@ -564,8 +591,8 @@ static void bring_back(void) {
 int main(void) {
   mount_file_systems();
   raise_loopback();
-  const char *job_problem = read_job();
-  const char *module_problem = load_modules();
+  const char* job_problem = read_job();
+  const char* module_problem = load_modules();
   port = open_port("iovane.lab");
   if (port < 0) {
     dprintf(2, "lab init: no virtio port named iovane.lab (%s)\n", module_problem ? module_problem : strerror(errno));

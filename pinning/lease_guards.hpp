@@ -1,0 +1,106 @@
+// Per-thread guard words: how a lease is announced without writing a shared line.
+//
+// Purpose: let a thread use a region, and a table of the index, with plain stores to its own cache lines; let the
+//   reclaimer find out who uses what.
+// Roles: the owner thread writes its words; the reclaimer (one at a time per index) reads all words.
+// Progress: owner wait-free; scan bounded by threads_max * words_per_thread.
+// State word (64 bits):
+//   0                                             idle
+//   [key >> 12 : 46 bits at 12][width : 6 bits at 1][1]   walking: reading tables for keys in the aligned block of
+//                                                 2^width bytes around key; nothing is known yet
+//   [region id : 32 at 32][index number : 12 at 8][2 at 0] leased: using that region
+// Invariants: I1 a thread walks or leases only what its word announced before light(). I2 walking turns into leased by
+//   one store, so that no instant shows neither. I3 a word returns to 0 with release after the last use.
+// Reclamation argument: the reclaimer takes a region or a table out of the tables, passes heavy(), then reads all
+//   words. A reader whose walk began early enough to find the region stored "walking" before light() and its walk's
+//   loads; as it found what the reclaimer's store removes, the barrier's guarantee says that the reclaimer sees that
+//   store or a later one of the same word (I2). So a region for which no word says leased and no walking word's block
+//   touches its range is out of use, and stays so, for no later walk can find it. The same holds for tables.
+//   The idea is that of hazard pointers (M. Michael, "Hazard Pointers: Safe Memory Reclamation for Lock-Free Objects",
+//   IEEE TPDS 15(6), 2004) with an asymmetric barrier; unlike there, the walk is announced by what is searched, so a
+//   reader never has to look twice.
+// Fork: the child inherits words of threads that it does not have; indices are closed in a child (see PinIndex).
+// Proven by: tests/stress/pin_lease_stress_test.cpp, tests/unit/pin_index_test.cpp.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <bit>
+#include <cstdint>
+
+#include "base/cacheline.hpp"
+#include "pinning/memory_range.hpp"
+#include "pinning/region.hpp"
+
+namespace iovane::pinning {
+
+using GuardWord = std::uint64_t;
+
+constexpr GuardWord idle_guard = 0;
+/// `width`: how many low bits the searched keys may differ in.
+constexpr GuardWord walking_guard(const MemoryRange& searched) noexcept {
+  const auto width = static_cast<std::uint64_t>(std::bit_width(searched.start ^ searched.last));
+  return (searched.start & ~(granule_bytes - 1)) | (width << 1) | 1U;
+}
+constexpr GuardWord leased_guard(std::uint32_t index_number, RegionId id) noexcept {
+  return (std::uint64_t{id} << 32) | (std::uint64_t{index_number} << 8) | 2U;
+}
+constexpr bool is_walking(GuardWord w) noexcept { return (w & 1U) != 0; }
+/// The keys that a walking word may be about.
+constexpr MemoryRange walked_keys(GuardWord w) noexcept {
+  const std::uint64_t key = w & RegionRecord::start_mask;
+  const std::uint64_t width = (w >> 1) & 63U;
+  const std::uint64_t block = width <= 12 ? granule_bytes : std::uint64_t{1} << width;
+  return {key & ~(block - 1), key | (block - 1)};
+}
+
+/// One thread's words and which of them are free. Two cache lines, written by their owner only.
+struct alignas(base::cacheline_bytes) ThreadGuards {
+  /// Leases that a thread may hold at once without a counted hold.
+  static constexpr unsigned lease_words = 13;
+  /// The word for walks that take no lease.
+  static constexpr unsigned walk_word = lease_words;
+  static constexpr std::uint32_t all_free = (1U << lease_words) - 1;
+
+  std::array<std::atomic<GuardWord>, lease_words + 1> words{};
+  std::uint32_t free_mask = all_free;  // owner only
+  std::atomic<std::uint32_t> owned{0};
+
+  /// The block that a word lies in.
+  static ThreadGuards* of(std::atomic<GuardWord>* word) noexcept {
+    return reinterpret_cast<ThreadGuards*>(reinterpret_cast<std::uintptr_t>(word) &
+                                           ~std::uintptr_t{base::cacheline_bytes - 1});
+  }
+};
+static_assert(sizeof(ThreadGuards) == base::cacheline_bytes);
+
+/// The process's guard blocks. Blocks are never freed, only handed to the next thread.
+class LeaseGuards {
+ public:
+  static constexpr std::size_t threads_max = 4096;
+
+  /// This thread's block, or null before attach(). Initial-exec: one load, also from a shared library.
+  static ThreadGuards* current() noexcept { return current_; }
+  /// Gives this thread a block; it goes back when the thread ends. Null when threads_max threads have one: then
+  /// leases are counted under the index's lock. May allocate (mmap), takes a lock.
+  static ThreadGuards* attach() noexcept;
+
+  /// Calls f(word) for every word that is not idle. A.guard - acquire, pairs with R.guard in Lease::drop().
+  template <typename F>
+  static void for_each_busy(F&& f) noexcept {
+    // A.blocks - acquire, pairs with the release in attach(): the block's memory is there.
+    const std::size_t used = blocks_used_.load(std::memory_order_acquire);
+    for (std::size_t i = 0; i < used; ++i)
+      for (const auto& word : blocks_[i].words) {
+        const GuardWord w = word.load(std::memory_order_acquire);
+        if (w != idle_guard) f(w);
+      }
+  }
+
+ private:
+  static constinit thread_local ThreadGuards* current_ __attribute__((tls_model("initial-exec")));
+  static std::atomic<std::size_t> blocks_used_;
+  static ThreadGuards* blocks_;
+};
+
+}  // namespace iovane::pinning

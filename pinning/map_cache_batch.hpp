@@ -1,0 +1,30 @@
+// The pieces that one miss is about to pin. Private to the map cache.
+#pragma once
+
+#include "pinning/map_cache.hpp"
+
+namespace iovane::pinning {
+
+struct MapCache::PinBatch {
+  struct Piece {
+    MemoryRange range{};
+    std::size_t flight = 0;  // its place in in_flight_
+    std::uint8_t node = 0;
+    bool watched = false;
+    std::uint64_t charged = 0;
+  };
+
+  MemoryRange wanted;
+  Access access;
+  /// Round to chunks. Given up when the neighbourhood cannot be pinned or paid for.
+  bool with_margin = true;
+
+  std::array<Piece, pieces_max> pieces{};
+  std::array<PinRequest, pieces_max> requests{};
+  std::array<PinOutcome, pieces_max> outcomes{};
+  std::size_t count = 0;
+  std::size_t published = 0;
+  Error error{};  // the first that concerns `wanted`
+};
+
+}  // namespace iovane::pinning
