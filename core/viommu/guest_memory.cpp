@@ -31,7 +31,8 @@ std::uint64_t from_le(std::uint64_t v) noexcept {
   return v;
 }
 
-// Copies with atomic loads or stores of at most eight bytes: the other side of guest memory is always someone else.
+}  // namespace
+
 void copy_from_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept {
   while (n != 0) {
     if (n >= 8 && (reinterpret_cast<std::uintptr_t>(from) & 7U) == 0) {
@@ -58,8 +59,6 @@ void copy_to_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept
     }
   }
 }
-
-}  // namespace
 
 GuestMemory::GuestMemory() : table_{new detail::RegionTable} {}
 

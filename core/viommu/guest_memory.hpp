@@ -65,6 +65,11 @@ namespace detail {
 using RegionTable = std::vector<Region>;
 }  // namespace detail
 
+/// Copy to or from memory that a guest may be writing at the same time: every byte is loaded or stored once, by relaxed
+/// atomic accesses of at most eight bytes.
+void copy_from_guest(std::byte* to, const std::byte* from, std::size_t bytes) noexcept;
+void copy_to_guest(std::byte* to, const std::byte* from, std::size_t bytes) noexcept;
+
 class GuestMemory {
  public:
   GuestMemory();

@@ -112,6 +112,8 @@ class ShadowDomain {
   Progress commit() noexcept;
   Progress poll() noexcept;
   bool idle() const noexcept { return state_ == State::idle && ops_.empty(); }
+  /// A batch has not ended yet: no edits now.
+  bool in_flight() const noexcept { return state_ != State::idle; }
   /// Edits staged and not yet committed.
   std::size_t staged() const noexcept { return ops_.size(); }
   /// commit(), then waits for the end.

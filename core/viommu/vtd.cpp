@@ -449,7 +449,7 @@ Progress Vtd::set_translation(bool enabled) noexcept {
 
 void Vtd::wait(std::chrono::nanoseconds timeout) noexcept {
   for (Domain* domain : dirty_)
-    if (!domain->shadow.idle()) return domain->shadow.wait(timeout);
+    if (domain->shadow.in_flight()) return domain->shadow.wait(timeout);
 }
 
 void Vtd::finish() noexcept {
