@@ -108,6 +108,10 @@ class ShadowDomain {
   /// Takes every mapping of a region away from the host; the guest's own stays.
   Result<void> withdraw_region(const Region& region) noexcept;
 
+  /// Forgets what is mapped in a range without telling the targets: someone else keeps their side from now on (a TCE
+  /// table that moves into KVM). Precondition: idle(), and no unit reaches across the range's borders.
+  void abandon(IovaRange range) noexcept;
+
   /// Sends the staged edits to the targets as one batch. `pending`: poll() until done. No edits while pending.
   Progress commit() noexcept;
   Progress poll() noexcept;

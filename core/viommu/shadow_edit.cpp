@@ -262,6 +262,11 @@ Result<bool> ShadowDomain::assign(const View& view, IovaRange range, std::uint64
   return true;
 }
 
+void ShadowDomain::abandon(IovaRange range) noexcept {
+  begin_edit();
+  add(counters_.leaves_unmapped, index_.clear(range).leaves);
+}
+
 Result<void> ShadowDomain::refresh_backing(const View& view) noexcept {
   begin_edit();
   std::uint64_t at = 0;
