@@ -1,0 +1,264 @@
+#include "viommu/guest_memory.hpp"
+
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <new>
+#include <thread>
+#include <utility>
+
+#include "base/checked_math.hpp"
+#include "base/error_text.hpp"
+#include "base/os_error.hpp"
+
+namespace iovane::viommu {
+namespace {
+
+constexpr std::uint64_t guest_page_bytes = 4096;
+
+std::uint32_t thread_stripe() noexcept {
+  static std::atomic<std::uint32_t> next{0};
+  // relaxed: only spreads threads over counters; nothing is read through it.
+  thread_local const std::uint32_t mine = next.fetch_add(1, std::memory_order_relaxed);
+  return mine;
+}
+
+std::uint64_t from_le(std::uint64_t v) noexcept {
+  if constexpr (std::endian::native == std::endian::big) return __builtin_bswap64(v);
+  return v;
+}
+
+}  // namespace
+
+void copy_from_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept {
+  while (n != 0) {
+    if (n >= 8 && (reinterpret_cast<std::uintptr_t>(from) & 7U) == 0) {
+      const std::uint64_t word = __atomic_load_n(reinterpret_cast<const std::uint64_t*>(from), __ATOMIC_RELAXED);
+      __builtin_memcpy(to, &word, 8);
+      to += 8, from += 8, n -= 8;
+    } else {
+      *to = static_cast<std::byte>(__atomic_load_n(reinterpret_cast<const unsigned char*>(from), __ATOMIC_RELAXED));
+      ++to, ++from, --n;
+    }
+  }
+}
+
+void copy_to_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept {
+  while (n != 0) {
+    if (n >= 8 && (reinterpret_cast<std::uintptr_t>(to) & 7U) == 0) {
+      std::uint64_t word = 0;
+      __builtin_memcpy(&word, from, 8);
+      __atomic_store_n(reinterpret_cast<std::uint64_t*>(to), word, __ATOMIC_RELAXED);
+      to += 8, from += 8, n -= 8;
+    } else {
+      __atomic_store_n(reinterpret_cast<unsigned char*>(to), static_cast<unsigned char>(*from), __ATOMIC_RELAXED);
+      ++to, ++from, --n;
+    }
+  }
+}
+
+GuestMemory::GuestMemory() : table_{new detail::RegionTable} {}
+
+GuestMemory::~GuestMemory() {
+  // relaxed: destruction has no concurrent users by contract.
+  const auto* table = table_.load(std::memory_order_relaxed);
+  for (const Region& region : *table)
+    if (region.own_mapping) ::munmap(region.address, region.length().value);
+  delete table;
+}
+
+Result<RegionId> GuestMemory::add(const RegionConfig& config) {
+  using base::fail;
+  if (config.length.value == 0 ||
+      !base::is_aligned(config.length.value | config.gpa | config.fd_offset, guest_page_bytes))
+    return fail(Errc::invalid_argument, Stage::validate, 0,
+                "guest region {:#x} of {:#x} bytes: address, length and file offset must be multiples of 4 KiB",
+                config.gpa, config.length.value);
+  if (config.length.value - 1 > iova_max.value - config.gpa)
+    return fail(Errc::overflow, Stage::validate, 0, "guest region {:#x} of {:#x} bytes passes 2^64", config.gpa,
+                config.length.value);
+  if (config.address == nullptr && config.fd < 0)
+    return fail(Errc::invalid_argument, Stage::validate, 0, "guest region {:#x}: neither an address nor a descriptor",
+                config.gpa);
+  if ((reinterpret_cast<std::uintptr_t>(config.address) & (guest_page_bytes - 1)) != 0)
+    return fail(Errc::invalid_argument, Stage::validate, 0, "guest region {:#x}: its host address is not page aligned",
+                config.gpa);
+
+  const std::lock_guard lock{control_};
+  // relaxed: only add and remove store it, under this mutex.
+  const auto* old = table_.load(std::memory_order_relaxed);
+  Region region{{next_id_},       config.gpa, config.gpa + (config.length.value - 1),
+                config.address,   config.fd,  config.fd_offset,
+                config.read_only, false};
+  const auto place = std::lower_bound(old->begin(), old->end(), region.gpa,
+                                      [](const Region& r, std::uint64_t gpa) { return r.gpa < gpa; });
+  const bool hits_next = place != old->end() && place->gpa <= region.last;
+  const bool hits_previous = place != old->begin() && std::prev(place)->last >= region.gpa;
+  if (hits_next || hits_previous)
+    return fail(Errc::invalid_argument, Stage::validate, 0,
+                "guest region {:#x}..{:#x} overlaps the region at {:#x}; remove that first", region.gpa, region.last,
+                hits_next ? place->gpa : std::prev(place)->gpa);
+  if (region.fd >= 0) {
+    struct stat st {};
+    if (::fstat(region.fd, &st) != 0)
+      return fail(base::errc_from_errno(errno), Stage::validate, errno, "guest region {:#x}: fstat failed", region.gpa);
+    const auto need = base::checked_add(config.fd_offset, config.length.value);
+    if (S_ISREG(st.st_mode) && (!need || *need > static_cast<std::uint64_t>(st.st_size)))
+      return fail(Errc::invalid_argument, Stage::validate, 0,
+                  "guest region {:#x}: the file has {:#x} bytes, the region needs {:#x} at {:#x}", region.gpa,
+                  static_cast<std::uint64_t>(st.st_size), config.length.value, config.fd_offset);
+  }
+  if (region.address == nullptr) {
+    void* mapped = ::mmap(nullptr, config.length.value, PROT_READ | PROT_WRITE, MAP_SHARED, region.fd,
+                          static_cast<off_t>(config.fd_offset));
+    if (mapped == MAP_FAILED)
+      return fail(base::errc_from_errno(errno), Stage::map, errno, "guest region {:#x}: mmap of its descriptor failed",
+                  region.gpa);
+    region.address = static_cast<std::byte*>(mapped);
+    region.own_mapping = true;
+  }
+  auto grown = std::make_unique<detail::RegionTable>();
+  grown->reserve(old->size() + 1);
+  grown->insert(grown->end(), old->begin(), place);
+  grown->push_back(region);
+  grown->insert(grown->end(), place, old->end());
+  // R.table - pairs with A.table in view(): a reader that sees the table sees its regions. seq_cst for remove()'s sake.
+  table_.store(grown.release(), std::memory_order_seq_cst);
+  wait_for_readers();
+  delete old;
+  ++next_id_;
+  return region.id;
+}
+
+Result<void> GuestMemory::remove(RegionId id) {
+  const std::lock_guard lock{control_};
+  // relaxed: only add and remove store it, under this mutex.
+  const auto* old = table_.load(std::memory_order_relaxed);
+  const auto place = std::find_if(old->begin(), old->end(), [&](const Region& r) { return r.id == id; });
+  if (place == old->end())
+    return base::fail(Errc::not_found, Stage::validate, 0, "guest region {}: no such region", id.value);
+  const Region gone = *place;
+  auto shrunk = std::make_unique<detail::RegionTable>();
+  shrunk->reserve(old->size() - 1);
+  shrunk->insert(shrunk->end(), old->begin(), place);
+  shrunk->insert(shrunk->end(), place + 1, old->end());
+  // R.table - pairs with A.table in view(); seq_cst: before the counters are looked at, see the file header.
+  table_.store(shrunk.release(), std::memory_order_seq_cst);
+  wait_for_readers();
+  delete old;
+  if (gone.own_mapping) ::munmap(gone.address, gone.length().value);
+  return {};
+}
+
+// Each set is waited for once: readers of the set that just went out of use, then those that came before them.
+void GuestMemory::wait_for_readers() noexcept {
+  for (int round = 0; round < 2; ++round) {
+    // relaxed: the phase only says which counter to use; any choice is correct.
+    const std::uint32_t old_phase = phase_.load(std::memory_order_relaxed) & 1U;
+    phase_.store(old_phase ^ 1U, std::memory_order_relaxed);
+    for (ReaderStripe& stripe : readers_)
+      // A.readers - pairs with R.readers in ~View(): what the reader read happened before we free it. seq_cst: after
+      // the table store in the single order.
+      while (stripe.readers[old_phase].load(std::memory_order_seq_cst) != 0) std::this_thread::yield();
+  }
+}
+
+std::vector<Region> GuestMemory::regions() const {
+  const View now = view();
+  return {now.regions().begin(), now.regions().end()};
+}
+
+GuestMemory::View GuestMemory::view() const noexcept {
+  // relaxed: any value is correct, see wait_for_readers().
+  return View{*this, thread_stripe() % stripes, phase_.load(std::memory_order_relaxed) & 1U};
+}
+
+GuestMemory::View::View(const GuestMemory& memory, std::uint32_t stripe, std::uint32_t phase) noexcept
+    : memory_{&memory}, stripe_{stripe}, phase_{phase} {
+  // seq_cst: before the load of the table in the single order, see the file header.
+  memory.readers_[stripe].readers[phase].fetch_add(1, std::memory_order_seq_cst);
+  // A.table - pairs with R.table: the regions are there. seq_cst: after the count.
+  table_ = memory.table_.load(std::memory_order_seq_cst);
+}
+
+GuestMemory::View::View(View&& o) noexcept
+    : memory_{std::exchange(o.memory_, nullptr)},
+      table_{o.table_},
+      hint_{o.hint_},
+      stripe_{o.stripe_},
+      phase_{o.phase_} {}
+
+GuestMemory::View::~View() {
+  if (memory_ == nullptr) return;
+  // R.readers - pairs with A.readers in wait_for_readers().
+  memory_->readers_[stripe_].readers[phase_].fetch_sub(1, std::memory_order_release);
+}
+
+const Region* GuestMemory::View::find_slow(std::uint64_t gpa) const noexcept {
+  auto place =
+      std::upper_bound(table_->begin(), table_->end(), gpa, [](std::uint64_t a, const Region& r) { return a < r.gpa; });
+  if (place == table_->begin()) return nullptr;
+  --place;
+  if (!place->contains(gpa)) return nullptr;
+  return hint_ = &*place;
+}
+
+std::optional<std::uint64_t> GuestMemory::View::next_region_start(std::uint64_t gpa) const noexcept {
+  const auto place =
+      std::upper_bound(table_->begin(), table_->end(), gpa, [](std::uint64_t a, const Region& r) { return a < r.gpa; });
+  if (place == table_->end()) return std::nullopt;
+  return place->gpa;
+}
+
+std::optional<std::uint64_t> GuestMemory::View::read_le64(std::uint64_t gpa) const noexcept {
+  if ((gpa & 7U) != 0) return std::nullopt;
+  const Region* region = find(gpa);  // regions are multiples of 4 KiB: an aligned word never crosses one
+  if (region == nullptr) return std::nullopt;
+  return from_le(load(reinterpret_cast<const std::uint64_t*>(region->address + (gpa - region->gpa))));
+}
+
+std::optional<std::uint64_t> GuestMemory::View::read_be64(std::uint64_t gpa) const noexcept {
+  const auto word = read_le64(gpa);
+  if (!word) return std::nullopt;
+  return __builtin_bswap64(*word);
+}
+
+bool GuestMemory::View::read(std::uint64_t gpa, std::span<std::byte> out) const noexcept {
+  while (!out.empty()) {
+    const Region* region = find(gpa);
+    if (region == nullptr) return false;
+    const std::uint64_t here = std::min<std::uint64_t>(out.size(), region->last - gpa + 1);
+    copy_from_guest(out.data(), region->address + (gpa - region->gpa), here);
+    out = out.subspan(here);
+    if (!out.empty() && region->last == iova_max.value) return false;
+    gpa += here;
+  }
+  return true;
+}
+
+bool GuestMemory::View::write(std::uint64_t gpa, std::span<const std::byte> in) const noexcept {
+  while (!in.empty()) {
+    const Region* region = find(gpa);
+    if (region == nullptr || region->read_only) return false;
+    const std::uint64_t here = std::min<std::uint64_t>(in.size(), region->last - gpa + 1);
+    copy_to_guest(region->address + (gpa - region->gpa), in.data(), here);
+    in = in.subspan(here);
+    if (!in.empty() && region->last == iova_max.value) return false;
+    gpa += here;
+  }
+  return true;
+}
+
+bool GuestMemory::View::write_le32(std::uint64_t gpa, std::uint32_t value) const noexcept {
+  const Region* region = (gpa & 3U) == 0 ? find(gpa) : nullptr;
+  if (region == nullptr || region->read_only) return false;
+  if constexpr (std::endian::native == std::endian::big) value = __builtin_bswap32(value);
+  // R.status - pairs with the guest's own load: it sees the completion after everything it stands for.
+  __atomic_store_n(reinterpret_cast<std::uint32_t*>(region->address + (gpa - region->gpa)), value, __ATOMIC_RELEASE);
+  return true;
+}
+
+}  // namespace iovane::viommu

@@ -1,0 +1,69 @@
+// VT-d invalidation descriptors (specification 4.x, section 6.5.2 "Queued Invalidation Interface"), as a guest queues
+// them: a pure decoder.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+
+namespace iovane::viommu {
+
+/// A descriptor as it lies in the queue; 128-bit ones leave the upper half zero.
+using VtdRawDescriptor = std::array<std::uint64_t, 4>;
+
+struct VtdDescriptor {
+  enum class Kind : std::uint8_t {
+    context_cache = 1,
+    iotlb = 2,
+    device_iotlb = 3,
+    interrupt_cache = 4,
+    wait = 5,
+    pasid_iotlb = 6,
+    pasid_cache = 7,
+    pasid_device_iotlb = 8,
+  };
+  /// How much is invalidated; which ones exist depends on the kind.
+  enum class Scope : std::uint8_t {
+    global,
+    domain,  ///< context cache, IOTLB, PASID cache: everything of `domain`
+    device,  ///< context cache: `source` under `function_mask`
+    pasid,   ///< PASID-based IOTLB and PASID cache: `domain` and `pasid`
+    page,    ///< IOTLB and PASID-based IOTLB: `address` and the 2^address_mask pages around it
+  };
+
+  Kind kind = Kind::wait;
+  Scope scope = Scope::global;
+  std::uint16_t domain = 0;
+  std::uint16_t source = 0;        ///< bus << 8 | device << 3 | function
+  std::uint8_t function_mask = 0;  ///< 0 to 3: that many low function bits, from bit 2 down, are ignored
+  std::uint32_t pasid = 0;
+  std::uint64_t address = 0;  ///< as given, low twelve bits cleared
+  std::uint8_t address_mask = 0;
+  bool leaf_only = false;     ///< IH: no table above the leaves changed
+  bool write_status = false;  ///< wait: store `status_data` at `status_address`
+  bool interrupt = false;     ///< wait: raise the completion event
+  bool fence = false;         ///< wait: nothing after it before it
+  std::uint64_t status_address = 0;
+  std::uint32_t status_data = 0;
+
+  /// The addresses of Scope::page, closed.
+  std::uint64_t first_address() const noexcept { return address & ~page_bits(); }
+  std::uint64_t last_address() const noexcept { return address | page_bits(); }
+
+ private:
+  std::uint64_t page_bits() const noexcept {
+    return address_mask >= 52 ? ~std::uint64_t{0} : (std::uint64_t{1} << (12 + address_mask)) - 1;
+  }
+};
+
+/// What the unit offers, as far as descriptors depend on it.
+struct VtdDescriptorRules {
+  unsigned address_mask_max = 18;  ///< CAP.MAMV
+  bool scalable = false;           ///< ECAP.SMTS: PASID descriptors exist
+  bool device_iotlb = true;        ///< ECAP.DT
+};
+
+/// Nothing when the unit must raise an invalidation queue error: unknown type, reserved bit, bad granularity or mask.
+std::optional<VtdDescriptor> decode_descriptor(const VtdRawDescriptor& raw, const VtdDescriptorRules& rules) noexcept;
+
+}  // namespace iovane::viommu
