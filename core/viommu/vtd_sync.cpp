@@ -53,7 +53,7 @@ class DifferenceVisitor {
     if (count == 1 && have != nullptr) [[likely]] {
       single(iova, load(entries, inherited, reserved), *have & LeafWord::guest_mask);
     } else {
-      std::array<std::uint64_t, 512> want;
+      std::array<std::uint64_t, 512> want{};
       for (unsigned i = 0; i < count; ++i) want[i] = load(entries + i, inherited, reserved);
       if (have == nullptr) {
         whole(iova, want.data(), count);
