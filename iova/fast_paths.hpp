@@ -54,20 +54,22 @@ inline bool push_fast(ThreadCache& me, Magazine& magazine, std::uint64_t start, 
   const std::uint64_t offset = start - hint.first.load(std::memory_order_relaxed);
   Run* const run = hint.run.load(std::memory_order_relaxed);
   const auto index = static_cast<std::uint64_t>((static_cast<Wide>(offset) * magazine.reciprocal) >> 64);
-  if (index >= Run::slots_max || run == nullptr) return false;
+  if (run == nullptr) return false;
+  // R.shape - acquire. An object that was a run holds runs of its size for ever, so a slot below this number has a
+  // word.
+  const RunTag tag{run->tag.load(std::memory_order_acquire)};
+  if (index >= tag.slots()) return false;
   const SlotWordPtr word = &run->slot(static_cast<unsigned>(index));
 
   base::yield_point("push.announce");
   base::announce_fast(me.busy, word);
   base::yield_point("push.check");
-  // R.shape - acquire.
-  const RunTag tag{run->tag.load(std::memory_order_acquire)};
   // R.state - seq_cst: the owner's load of the handshake (thread_cache.hpp, I1).
   const std::uint64_t state = me.state.load(std::memory_order_seq_cst);
   // R.slot - acquire: a slot that is live and biased to us stays so until we change it, and its run with it. An
   // unchanged tag proves that word and fields belong to one run.
   const std::uint64_t seen = word->load(std::memory_order_acquire);
-  const bool ours = state == magazine.incarnation.raw && seen == magazine.live_raw && index < tag.slots() &&
+  const bool ours = state == magazine.incarnation.raw && seen == magazine.live_raw &&
                     (run->first.load(std::memory_order_acquire) << me.granule_log2) + index * length == start &&
                     run->length_class.load(std::memory_order_acquire) == magazine.class_id &&
                     // relaxed: the acquire loads before it keep it last.

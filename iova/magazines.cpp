@@ -83,13 +83,22 @@ void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
   const std::uint32_t had = magazine.size();
   unsigned kept = 0;
   for (unsigned i = 0; i < had; ++i) {
+    const MagazineEntry& entry = magazine.entries[i];
+    const Run& run = entry.run();
+    // Only this thread writes words that carry its incarnations, so if the CAS below succeeds the word has not changed
+    // since this thread wrote it, and the run has been the same since. But it may be a later run in the same object:
+    // the slot was evicted, the run buried, and this thread made another of it, still under the old incarnation.
+    // R.shape - acquire.
+    const bool same = bytes_of(run.first.load(std::memory_order_acquire)) +
+                              entry.index() * magazine.length.load(std::memory_order_relaxed) ==
+                          entry.start() &&
+                      run.length_class.load(std::memory_order_acquire) == magazine.class_id;
     std::uint64_t expected = old.raw;
     base::yield_point("magazine.carry");
-    // A.slot - acq_rel: whoever evicted the slot meanwhile has it. No other object's slot carries an incarnation of
-    // ours, so a recycled run cannot be mistaken.
-    if (magazine.entries[i].word->compare_exchange_strong(expected, now.raw, std::memory_order_acq_rel,
-                                                          std::memory_order_relaxed))
-      magazine.entries[kept++] = magazine.entries[i];
+    // A.slot - acq_rel: whoever evicted the slot meanwhile has it.
+    if (same &&
+        entry.word->compare_exchange_strong(expected, now.raw, std::memory_order_acq_rel, std::memory_order_relaxed))
+      magazine.entries[kept++] = entry;
   }
   magazine.adopt(me.incarnation());
   bump(magazine.intake, static_cast<std::int64_t>(kept) - static_cast<std::int64_t>(had));

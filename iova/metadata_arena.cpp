@@ -20,9 +20,6 @@ constexpr std::uint64_t limit_bytes_min = std::uint64_t{64} << 10;
 // Kept back for free(): enough tree nodes to give back space when an allocation found the arena full.
 constexpr std::uint64_t reserve_bytes = std::uint64_t{24} << 10;
 
-// Behind the limit: a reader that follows a stale hint may look this far past the object that it names.
-constexpr std::uint64_t guard_bytes = 4096;
-
 constexpr std::uint64_t with_next_tag(std::uint64_t head, ObjectId id) noexcept {
   return (((head >> id_bits) + 1) << id_bits) | id;
 }
@@ -36,7 +33,7 @@ Result<MetadataArena> MetadataArena::create(Bytes limit) {
                       limit.value, limit_bytes_min, limit_bytes_max);
   const std::uint64_t bytes = base::align_down(limit.value, step_bytes);
   void* base =
-      ::mmap(nullptr, bytes + guard_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) {
     const int why = errno;
     return base::fail(Errc::out_of_memory, Stage::open, why,
@@ -60,7 +57,7 @@ MetadataArena::MetadataArena(MetadataArena&& o) noexcept
 }
 
 MetadataArena::~MetadataArena() {
-  if (base_ != nullptr) ::munmap(base_, limit_ + guard_bytes);
+  if (base_ != nullptr) ::munmap(base_, limit_);
 }
 
 ObjectId MetadataArena::allocate(ObjectKind kind, std::size_t bytes, bool last_resort) noexcept {
