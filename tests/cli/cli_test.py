@@ -135,14 +135,14 @@ class Replay(Command):
                 self.assertGreaterEqual(only["kernel_calls"], only["kernel_calls_least"])
 
     def test_baselines_stand_beside_the_engine(self):
-        words = ("replay", self.MIXED, "--backend", "model", "--events", "5000", "--baseline")
-        runs = json.loads(self.iovane(*words, "leaf,event", "--baseline", "engine", "--json").stdout)["runs"]
+        words = ("replay", "--backend", "model", "--events", "5000", "--baseline")
+        runs = json.loads(self.iovane(*words, "leaf,event", "--baseline", "engine", "--json", self.MIXED).stdout)["runs"]
         self.assertEqual([run["target"] for run in runs], ["leaf", "event", "engine"])
         leaf, event, engine = runs
         self.assertEqual(leaf["kernel_calls"], leaf["leaf_entries"])
         self.assertEqual(event["kernel_calls"], 5000)
         self.assertLess(engine["kernel_calls"], 5000)
-        text = self.iovane(*words, "event,engine").stdout
+        text = self.iovane(*words, "event,engine", self.MIXED).stdout
         for part in ("why:", "time/event loop", "calls/event", "verified", "no mapping, pin or descriptor was left"):
             self.assertIn(part, text)
 

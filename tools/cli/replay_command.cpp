@@ -136,6 +136,7 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
                    "What replays, several allowed: engine; event (one kernel call per event, no engine); leaf (one per "
                    "4 KiB entry); event-copy and leaf-copy (the same sharing pins, iommufd)")
       ->delimiter(',')
+      ->allow_extra_args(false)  // traces may follow
       ->allow_extra_args(false)  // one word, so that a trace may follow it
       ->check(CLI::IsMember({"engine", "event", "leaf", "event-copy", "leaf-copy"}))
       ->capture_default_str();
