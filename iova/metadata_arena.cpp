@@ -32,8 +32,7 @@ Result<MetadataArena> MetadataArena::create(Bytes limit) {
     return base::fail(Errc::invalid_argument, Stage::validate, 0, "metadata limit of {} bytes; expected {} to {}",
                       limit.value, limit_bytes_min, limit_bytes_max);
   const std::uint64_t bytes = base::align_down(limit.value, step_bytes);
-  void* base =
-      ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) {
     const int why = errno;
     return base::fail(Errc::out_of_memory, Stage::open, why,

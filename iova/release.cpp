@@ -63,6 +63,7 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
       if (now.state() != SlotState::live) return {Outcome::not_live};
       if (interval != range) return {Outcome::partial, interval};
       if (!close_unless_mine(*me, now.owner(), word)) return {Outcome::contended, interval};
+      // seq_cst: in one order with the store of `doomed` and the slot words, see the edges of run.hpp.
       const bool doomed = (run->flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
       // relaxed: neither changes while the section protects the run.
       const RunKind kind = run->run_kind.load(std::memory_order_relaxed);

@@ -78,6 +78,7 @@ std::optional<RunShelf::Position> RunShelf::put(MetadataArena& arena, ObjectId r
       node = arena.at<ShelfNode>(below);
     }
     if (level == levels - 1) return std::nullopt;  // the root is full
+    // seq_cst: as below, in one order with remove().
     if (level > 0 || node->taken.load(std::memory_order_seq_cst) == ~std::uint64_t{0}) {
       // A summary that was late: correct it and go on.
       ShelfNode& parent = node_above(arena, position, level + 1);

@@ -41,7 +41,7 @@ void AsymmetricBarrier::full_fence() noexcept {
 #elif defined(__has_feature)
 #if __has_feature(thread_sanitizer)
   thread_local std::atomic<int> own{0};
-  own.fetch_add(1, std::memory_order_seq_cst);  // as above
+  own.fetch_add(1, std::memory_order_seq_cst);  // seq_cst, as above: a full barrier
 #else
   std::atomic_thread_fence(std::memory_order_seq_cst);
 #endif

@@ -71,8 +71,8 @@ TEST(MapCacheStress, ServedMemoryIsAlwaysPinnedAndNeverOlderThanItsInvalidation)
   std::this_thread::sleep_for(std::chrono::milliseconds{2500});
   stop.store(true, std::memory_order_relaxed);
   for (auto& t : threads) t.join();
-  EXPECT_EQ(wrong.load(), 0U);
-  EXPECT_GT(served.load(), 1000U);
+  EXPECT_EQ(wrong.load(std::memory_order_relaxed), 0U);
+  EXPECT_GT(served.load(std::memory_order_relaxed), 1000U);
   cache.collect();
   EXPECT_EQ(provider.counts().bytes_pinned, cache.stats().bytes_pinned);
   EXPECT_LE(cache.stats().bytes_pinned, 64 * granule_bytes);

@@ -115,8 +115,8 @@ void race(std::chrono::milliseconds time) {
   }
   stop.store(true, std::memory_order_relaxed);
   for (auto& r : readers) r.join();
-  EXPECT_EQ(wrong.load(), 0U);
-  EXPECT_GT(hits.load(), 1000U);
+  EXPECT_EQ(wrong.load(std::memory_order_relaxed), 0U);
+  EXPECT_GT(hits.load(std::memory_order_relaxed), 1000U);
   EXPECT_GT(freed, 100U);
 }
 

@@ -144,7 +144,7 @@ TEST_F(MapCacheTest, ConcurrentMissesOnOneRangePinOnce) {
   open();
   std::atomic<int> inside{0};
   provider.set_pin_hook([&](const PinRequest&) {
-    ++inside;
+    inside.fetch_add(1, std::memory_order_relaxed);
     std::this_thread::sleep_for(std::chrono::milliseconds{30});
   });
   std::vector<std::thread> threads;
@@ -152,7 +152,7 @@ TEST_F(MapCacheTest, ConcurrentMissesOnOneRangePinOnce) {
   for (int t = 0; t < 6; ++t)
     threads.emplace_back([&, t] {
       const auto lease = cache->acquire(granules(static_cast<std::uint64_t>(t) % 4, 1), Access::read);
-      if (lease) ++served;
+      if (lease) served.fetch_add(1, std::memory_order_relaxed);
     });
   for (auto& t : threads) t.join();
   EXPECT_EQ(served, 6);
