@@ -96,20 +96,20 @@ void race(std::chrono::milliseconds time) {
         }
       }
     }
-    for (std::size_t done = 0; done < erased.size();) {
+    for (std::size_t handled = 0; handled < erased.size();) {
       std::array<RegionId, PinIndex::batch_max> ids;
       std::array<bool, PinIndex::batch_max> used;
-      const std::size_t n = std::min(erased.size() - done, ids.size());
-      for (std::size_t i = 0; i < n; ++i) ids[i] = erased[done + i].id;
+      const std::size_t n = std::min(erased.size() - handled, ids.size());
+      for (std::size_t i = 0; i < n; ++i) ids[i] = erased[handled + i].id;
       index.find_users({ids.data(), n}, {used.data(), n});
       for (std::size_t i = 0; i < n; ++i) {
         if (used[i]) continue;
-        erased[done + i].pinned->value = 0;
-        erased[done + i].pinned.reset();
+        erased[handled + i].pinned->value = 0;
+        erased[handled + i].pinned.reset();
         index.forget(ids[i]);
         ++freed;
       }
-      done += n;
+      handled += n;
     }
     std::erase_if(erased, [](const Live& l) { return l.pinned == nullptr; });
   }
