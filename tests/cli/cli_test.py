@@ -146,6 +146,10 @@ class Replay(Command):
         for part in ("why:", "time/event loop", "calls/event", "verified", "no mapping, pin or descriptor was left"):
             self.assertIn(part, text)
 
+    def test_rounds_are_one_line_each_in_the_report(self):
+        words = ("replay", "--backend", "model", "--events", "2000", "--rounds", "3", "--baseline", "event,engine", "--json", self.MIXED)
+        self.assertEqual([run["target"] for run in json.loads(self.iovane(*words).stdout)["runs"]], ["event", "engine"])
+
     def test_without_verification_it_claims_none(self):
         run = self.iovane("replay", self.MIXED, "--backend", "model", "--events", "1000", "--no-verify", "--json")
         self.assertFalse(json.loads(run.stdout)["runs"][0]["verified"])

@@ -31,6 +31,7 @@ struct Arguments {
   std::size_t batch_max = 64;
   std::uint64_t events_max = 0;
   std::uint64_t memory_mib_max = 4096;
+  std::uint32_t rounds = 1;
   bool verify = true;
   bool json = false;
 };
@@ -101,14 +102,21 @@ ExitStatus run_replay(const Arguments& arguments) {
   for (const LoadedTrace& trace : traces) {
     const auto memory = replay::GuestMemory::create(trace.plan.memory);
     if (!memory) return report(memory.error());
-    for (const std::string& target : arguments.targets) {
-      auto done = run_one(trace, target, **host, *memory, arguments);
-      if (!done) {
-        const bool differs = replay::is_verification_failure(done.error());
-        const ExitStatus status = report(done.error());
-        return differs ? ExitStatus::unverified : status;
+    // Round by round, not target by target: what else the machine does meanwhile then hits all of them alike.
+    const std::size_t first = runs.size();
+    for (std::uint32_t round = 0; round < arguments.rounds; ++round) {
+      for (std::size_t i = 0; i < arguments.targets.size(); ++i) {
+        auto done = run_one(trace, arguments.targets[i], **host, *memory, arguments);
+        if (!done) {
+          const bool differs = replay::is_verification_failure(done.error());
+          const ExitStatus status = report(done.error());
+          return differs ? ExitStatus::unverified : status;
+        }
+        if (round == 0)
+          runs.push_back(*std::move(done));
+        else if (done->elapsed_ns < runs[first + i].elapsed_ns)
+          runs[first + i] = *std::move(done);
       }
-      runs.push_back(*std::move(done));
     }
   }
   if (arguments.json)
@@ -144,6 +152,9 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
   replay->add_option("--events", arguments->events_max, "Replay only the first N events (0: all)")
+      ->capture_default_str();
+  replay->add_option("--rounds", arguments->rounds, "Replay everything N times in turn, report the fastest of each")
+      ->check(CLI::Range(1, 1000))
       ->capture_default_str();
   replay->add_option("--memory", arguments->memory_mib_max, "Most memory to map, in MiB")
       ->check(CLI::Range(1, 1 << 24))
