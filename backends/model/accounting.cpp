@@ -25,29 +25,14 @@ Accounting::Accounting(const MemlockOptions& options) noexcept
       ipc_lock_{options.ipc_lock},
       limit_pages_{options.limit.value_or(Bytes{0}).value / os_page_bytes} {}
 
-bool Accounting::pin(Ledger ledger, std::uint64_t pages, SpaceUsage& usage) noexcept {
-  const auto n = static_cast<std::int64_t>(pages);
-  if (ledger != Ledger::none && limited_) {
-    std::atomic<std::uint64_t>& used = counter(ledger);
-    // relaxed: a count, through which nothing is read.
-    std::uint64_t now = used.load(std::memory_order_relaxed);
-    do {  // lock-free: another thread's success is what makes this one try again
-      if (pages > limit_pages_ || now > limit_pages_ - pages) return false;
-    } while (!used.compare_exchange_weak(now, now + pages, std::memory_order_relaxed, std::memory_order_relaxed));
-  }
-  usage.pinned += n;
-  if (ledger == Ledger::user) usage.user += n;
-  if (ledger == Ledger::process) usage.process += n;
+bool Accounting::take(Ledger ledger, std::uint64_t pages) noexcept {
+  std::atomic<std::uint64_t>& used = counter(ledger);
+  // relaxed: a count, through which nothing is read.
+  std::uint64_t now = used.load(std::memory_order_relaxed);
+  do {  // lock-free: another thread's success is what makes this one try again
+    if (pages > limit_pages_ || now > limit_pages_ - pages) return false;
+  } while (!used.compare_exchange_weak(now, now + pages, std::memory_order_relaxed, std::memory_order_relaxed));
   return true;
-}
-
-void Accounting::unpin(Ledger ledger, std::uint64_t pages, SpaceUsage& usage) noexcept {
-  const auto n = static_cast<std::int64_t>(pages);
-  // relaxed: as in pin().
-  if (ledger != Ledger::none && limited_) counter(ledger).fetch_sub(pages, std::memory_order_relaxed);
-  usage.pinned -= n;
-  if (ledger == Ledger::user) usage.user -= n;
-  if (ledger == Ledger::process) usage.process -= n;
 }
 
 }  // namespace iovane::backends::model

@@ -41,10 +41,24 @@ class Accounting {
   bool ipc_lock() const noexcept { return ipc_lock_; }
   /// Counts `pages` more in `usage` and `ledger`. False, and nothing is counted, when that would pass the limit.
   /// Any thread, with the mutex of the space that `usage` belongs to.
-  [[nodiscard]] bool pin(Ledger ledger, std::uint64_t pages, SpaceUsage& usage) noexcept;
-  void unpin(Ledger ledger, std::uint64_t pages, SpaceUsage& usage) noexcept;
+  [[nodiscard]] bool pin(Ledger ledger, std::uint64_t pages, SpaceUsage& usage) noexcept {
+    if (limited_ && ledger != Ledger::none && !take(ledger, pages)) return false;
+    add(ledger, static_cast<std::int64_t>(pages), usage);
+    return true;
+  }
+  void unpin(Ledger ledger, std::uint64_t pages, SpaceUsage& usage) noexcept {
+    // relaxed: a count, through which nothing is read.
+    if (limited_ && ledger != Ledger::none) counter(ledger).fetch_sub(pages, std::memory_order_relaxed);
+    add(ledger, -static_cast<std::int64_t>(pages), usage);
+  }
 
  private:
+  bool take(Ledger ledger, std::uint64_t pages) noexcept;
+  static void add(Ledger ledger, std::int64_t pages, SpaceUsage& usage) noexcept {
+    usage.pinned += pages;
+    if (ledger == Ledger::user) usage.user += pages;
+    if (ledger == Ledger::process) usage.process += pages;
+  }
   std::atomic<std::uint64_t>& counter(Ledger ledger) noexcept { return ledger == Ledger::user ? user_ : process_; }
 
   const bool limited_;

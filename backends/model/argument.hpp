@@ -27,6 +27,7 @@ class IommufdArgument {
   static int read(std::uint64_t address, std::size_t minimum, IommufdArgument& out) noexcept {
     if (address == 0) return -EFAULT;
     std::memcpy(&out.user_size_, bytes_at(address), sizeof out.user_size_);
+    out.address_ = address;
     if (out.user_size_ < minimum) return -EINVAL;
     if (out.user_size_ == sizeof(Command)) [[likely]] {
       std::memcpy(&out.command, bytes_at(address), sizeof(Command));
@@ -39,12 +40,15 @@ class IommufdArgument {
       std::memset(static_cast<void*>(&out.command), 0, sizeof(Command));
       std::memcpy(&out.command, bytes_at(address), std::min<std::size_t>(out.user_size_, sizeof(Command)));
     }
-    out.address_ = address;
     return 0;
   }
   /// Copies the structure back, as far as the caller has room.
   void respond() const noexcept {
-    std::memcpy(writable_bytes_at(address_), &command, std::min<std::size_t>(user_size_, sizeof(Command)));
+    if (user_size_ >= sizeof(Command)) [[likely]] {
+      std::memcpy(writable_bytes_at(address_), &command, sizeof(Command));
+    } else {
+      std::memcpy(writable_bytes_at(address_), &command, user_size_);
+    }
   }
 
   Command command{};

@@ -19,7 +19,7 @@ constexpr int advice_populate_read = 22;
 constexpr int advice_populate_write = 23;
 }  // namespace
 
-int HostMemory::check(std::uint64_t address, std::uint64_t bytes, bool write) const noexcept {
+int HostMemory::ask_kernel(std::uint64_t address, std::uint64_t bytes, bool write) const noexcept {
   void* const start = std::bit_cast<void*>(address);
   int rc = 0;
   switch (check_) {
@@ -46,9 +46,7 @@ void HostMemory::remove_mmio(std::uint64_t address) noexcept {
   mmio_count_.store(mmio_.size(), std::memory_order_relaxed);  // relaxed: as above
 }
 
-bool HostMemory::touches_mmio(std::uint64_t address, std::uint64_t bytes) const noexcept {
-  // relaxed: whoever maps a BAR for a device has its address from add_mmio()'s caller, which orders the two.
-  if (mmio_count_.load(std::memory_order_relaxed) == 0) return false;
+bool HostMemory::in_mmio(std::uint64_t address, std::uint64_t bytes) const noexcept {
   const std::lock_guard lock{mutex_};
   return std::any_of(mmio_.begin(), mmio_.end(), [address, bytes](const Mmio& m) {
     return m.address <= address + (bytes - 1) && address <= m.address + (m.bytes - 1);

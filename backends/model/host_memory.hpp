@@ -17,14 +17,22 @@ class HostMemory {
 
   /// What pinning it would say: 0 or -EFAULT. `address` and `bytes` are multiples of an os_page. Any thread; a system
   /// call or none, see MemoryCheck.
-  [[nodiscard]] int check(std::uint64_t address, std::uint64_t bytes, bool write) const noexcept;
+  [[nodiscard]] int check(std::uint64_t address, std::uint64_t bytes, bool write) const noexcept {
+    return check_ == MemoryCheck::none ? 0 : ask_kernel(address, bytes, write);
+  }
 
   /// Device memory that was mapped into the process (VM_PFNMAP): type1 maps it, iommufd refuses it.
   void add_mmio(std::uint64_t address, std::uint64_t bytes);
   void remove_mmio(std::uint64_t address) noexcept;
-  bool touches_mmio(std::uint64_t address, std::uint64_t bytes) const noexcept;
+  bool touches_mmio(std::uint64_t address, std::uint64_t bytes) const noexcept {
+    // relaxed: whoever maps a BAR for a device has its address from add_mmio()'s caller, which orders the two.
+    return mmio_count_.load(std::memory_order_relaxed) != 0 && in_mmio(address, bytes);
+  }
 
  private:
+  int ask_kernel(std::uint64_t address, std::uint64_t bytes, bool write) const noexcept;
+  bool in_mmio(std::uint64_t address, std::uint64_t bytes) const noexcept;
+
   struct Mmio {
     std::uint64_t address;
     std::uint64_t bytes;

@@ -80,18 +80,21 @@ bool Ioas::reserved_overlaps(IovaRange range) const noexcept {
                      [range](const Reserved& r) { return r.range.overlaps(range); });
 }
 
-int Ioas::check(std::uint64_t iova, std::uint64_t length) const noexcept {
+int Ioas::check(std::uint64_t iova, std::uint64_t length, Position& next) const noexcept {
   if ((iova & (alignment_ - 1)) != 0) return -EINVAL;
   const auto range = IovaRange::from_length(Iova{iova}, Bytes{length});
   if (!range) return -EOVERFLOW;
   if (reserved_overlaps(*range)) return -EINVAL;
-  if (areas_.overlapping(*range) != nullptr) return -EEXIST;
-  return 0;
+  next = areas_.at_or_after(range->start);
+  return areas_.valid(next) && areas_.range(next).start <= range->last ? -EEXIST : 0;
 }
 
-int Ioas::place(MapPlace& where, std::uint64_t address_hint, std::uint64_t length) const noexcept {
+int Ioas::place(MapPlace& where, std::uint64_t address_hint, std::uint64_t length, Position& next) const noexcept {
   if (length == 0 || (length & (alignment_ - 1)) != 0) return -EINVAL;
-  return where.fixed ? check(where.iova, length) : find_room(where.iova, address_hint, length);
+  if (where.fixed) return check(where.iova, length, next);
+  const int rc = find_room(where.iova, address_hint, length);
+  if (rc == 0) next = areas_.at_or_after(Iova{where.iova});
+  return rc;
 }
 
 // The first run of addresses in [from, last] that is neither mapped nor reserved.
@@ -189,7 +192,7 @@ void Ioas::unfill(Area& area, IovaRange range) noexcept {
 }
 
 // One area for one slice: takes over its reference on success.
-int Ioas::insert(const PagesSlice& slice, std::uint64_t iova, Access access) noexcept {
+int Ioas::insert(const PagesSlice& slice, std::uint64_t iova, Access access, Position next) noexcept {
   if (may_write(access) && !slice.pages->writable()) return -EPERM;
   if (((slice.start_byte % os_page_bytes) & (alignment_ - 1)) != 0) return -EINVAL;
   const IovaRange range{Iova{iova}, Iova{iova + (slice.length - 1)}};
@@ -198,7 +201,7 @@ int Ioas::insert(const PagesSlice& slice, std::uint64_t iova, Access access) noe
   area->pages = slice.pages;
   area->start_byte = slice.start_byte;
   area->access = access;
-  if (!areas_.insert(range, area)) {
+  if (!areas_.insert_before(next, range, area)) {
     free_area(area);
     return -ENOMEM;
   }
@@ -211,7 +214,7 @@ int Ioas::insert(const PagesSlice& slice, std::uint64_t iova, Access access) noe
 }
 
 // Takes an area out, with everything that it holds.
-void Ioas::remove(IntervalIndex<Area>::Position at) noexcept {
+void Ioas::remove(Position at) noexcept {
   Area* area = areas_.item(at);
   const IovaRange range = areas_.range(at);
   areas_.erase(at);
@@ -224,8 +227,9 @@ void Ioas::remove(IntervalIndex<Area>::Position at) noexcept {
 
 int Ioas::map_one(MapPlace& where, Pages* pages, std::uint64_t offset, std::uint64_t length, Access access,
                   std::uint64_t hint) noexcept {
-  int failure = place(where, hint, length);
-  if (failure == 0) failure = insert({pages, offset, length}, where.iova, access);
+  Position next;
+  int failure = place(where, hint, length, next);
+  if (failure == 0) failure = insert({pages, offset, length}, where.iova, access, next);
   if (failure != 0) drop_pages(pages);
   return failure;
 }
@@ -288,11 +292,13 @@ int Ioas::map_slices(std::uint32_t id, MapPlace& where, std::span<const PagesSli
   const std::lock_guard lock{mutex_};
   if (id_ != id) return -ENOENT;
   const PagesSlice& front = slices.front();
-  int failure = place(where, front.pages->base() + front.start_byte, length);
+  Position next;
+  int failure = place(where, front.pages->base() + front.start_byte, length, next);
   if (failure != 0) return failure;
   std::uint64_t iova = where.iova;
   for (std::size_t i = 0; i < slices.size(); ++i) {
-    failure = insert(slices[i], iova, access);
+    if (i > 0) next = areas_.at_or_after(Iova{iova});
+    failure = insert(slices[i], iova, access, next);
     if (failure != 0) {
       // The slices' references stay with the caller: take the ones back that areas had.
       for (std::size_t j = i; j-- > 0;) {
@@ -318,6 +324,7 @@ int Ioas::unmap_range(IovaRange range, std::uint64_t& unmapped) noexcept {
     if (!range.contains(area)) return -ENOENT;
     remove(p);
     unmapped += area.span() + 1;
+    if (area.last >= range.last) break;
   }
   return 0;
 }

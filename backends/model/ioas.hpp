@@ -99,15 +99,18 @@ class Ioas {
     const void* owner;
   };
 
-  int place(MapPlace& place, std::uint64_t address_hint, std::uint64_t length) const noexcept;
+  using Position = IntervalIndex<Area>::Position;
+
+  /// Also says which area follows, for insert().
+  int place(MapPlace& place, std::uint64_t address_hint, std::uint64_t length, Position& next) const noexcept;
   int find_room(std::uint64_t& iova, std::uint64_t address_hint, std::uint64_t length) const noexcept;
   bool next_hole(std::uint64_t from, std::uint64_t last, IovaRange& hole) const noexcept;
-  int check(std::uint64_t iova, std::uint64_t length) const noexcept;
-  int insert(const PagesSlice& slice, std::uint64_t iova, Access access) noexcept;
+  int check(std::uint64_t iova, std::uint64_t length, Position& next) const noexcept;
+  int insert(const PagesSlice& slice, std::uint64_t iova, Access access, Position next) noexcept;
   int fill(Area& area, IovaRange range) noexcept;
   int fill_domain(const Area& area, IovaRange range, Domain& domain) const noexcept;
   void unfill(Area& area, IovaRange range) noexcept;
-  void remove(IntervalIndex<Area>::Position at) noexcept;
+  void remove(Position at) noexcept;
   int map_one(MapPlace& where, Pages* pages, std::uint64_t offset, std::uint64_t length, Access access,
               std::uint64_t hint) noexcept;
   int unmap_range(IovaRange range, std::uint64_t& unmapped) noexcept;

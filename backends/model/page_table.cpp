@@ -87,7 +87,10 @@ void PageTable::free_subtree(Table* table, unsigned level) noexcept {
   free_table(table);
 }
 
-void PageTable::retire(Table* table, unsigned level) noexcept { retired_.push_back({table, level}); }
+void PageTable::retire(Table* table, unsigned level) noexcept {
+  recent_region_ = no_region;
+  retired_.push_back({table, level});
+}
 
 void PageTable::reclaim() noexcept {
   for (const Retired& r : retired_) free_subtree(r.table, r.level);
@@ -97,6 +100,7 @@ void PageTable::reclaim() noexcept {
 // The table of `level` that holds the entry for `address`, made if need be; nullptr without memory or when a larger
 // leaf is in the way (errno-like distinction is the caller's: it looks at what is there).
 PageTable::Table* PageTable::descend(std::uint64_t address, unsigned level) noexcept {
+  if (level == 0 && region_of(address) == recent_region_) return recent_;
   Table* table = root_.get();
   for (unsigned l = levels_ - 1; l > level; --l) {
     Entry& entry = table->entries[index_of(address, l)];
@@ -114,10 +118,15 @@ PageTable::Table* PageTable::descend(std::uint64_t address, unsigned level) noex
       table = table_at(value);
     }
   }
+  if (level == 0) {
+    recent_ = table;
+    recent_region_ = region_of(address);
+  }
   return table;
 }
 
 unsigned PageTable::level_for(std::uint64_t address, std::uint64_t memory, std::uint64_t remaining) const noexcept {
+  if (remaining < bytes_of(1)) return 0;
   for (unsigned level = std::min(levels_ - 1, 2U); level > 0; --level) {
     if ((page_sizes_ & bytes_of(level)) != 0 && remaining >= bytes_of(level) &&
         base::is_aligned(address | memory, bytes_of(level))) {
@@ -244,6 +253,12 @@ std::uint64_t PageTable::clear(Table* table, unsigned level, std::uint64_t base,
 std::int64_t PageTable::unmap(IovaRange range) noexcept {
   const auto inside = range.intersection(aperture());
   if (!inside || !root_) return 0;
+  if (region_of(inside->start.value) == recent_region_ && region_of(inside->last.value) == recent_region_) {
+    // All of it in one table of small leaves: nothing to cut. Unless it is the whole table, which then goes as well.
+    if (inside->span() + 1 < bytes_of(1)) {
+      return static_cast<std::int64_t>(clear(recent_, 0, recent_region_ << shift_of(1), *inside));
+    }
+  }
   if (!cut(inside->start.value)) return -ENOMEM;
   if (inside->last < aperture().last && !cut(inside->last.value + 1)) return -ENOMEM;
   return static_cast<std::int64_t>(clear(root_.get(), levels_ - 1, 0, *inside));

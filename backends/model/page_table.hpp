@@ -85,6 +85,9 @@ class PageTable {
     std::array<Entry, 512> entries{};
   };
 
+  static constexpr std::uint64_t no_region = ~std::uint64_t{0};
+  static constexpr std::uint64_t region_of(std::uint64_t address) noexcept { return address >> shift_of(1); }
+
   static constexpr std::uint64_t readable_bit = 1U << 0;
   static constexpr std::uint64_t writable_bit = 1U << 1;
   static constexpr std::uint64_t leaf_bit = 1U << 7;
@@ -140,7 +143,10 @@ class PageTable {
     unsigned level;
   };
   std::vector<Retired> retired_;  // capacity is kept at or above the number of tables, so that retiring cannot fail
-  std::vector<Table*> spare_;     // zeroed, for the next new_table()
+  // The lowest-level table that was last used, and which 2 MiB it is for: neighbours need no walk.
+  Table* recent_ = nullptr;
+  std::uint64_t recent_region_ = no_region;
+  std::vector<Table*> spare_;  // zeroed, for the next new_table()
   std::size_t tables_ = 0;
   std::unique_ptr<Table> root_;  // last: making it uses the members above
 };

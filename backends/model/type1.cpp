@@ -266,10 +266,12 @@ int ContainerFile::map_locked(const vfio::Type1DmaMap& c) noexcept {
   const auto range = IovaRange::from_length(Iova{c.iova}, Bytes{c.size});
   if (!range || c.vaddr + (c.size - 1) < c.vaddr) return -EINVAL;
 
-  Mapping* const there = mappings_.overlapping(*range);
+  const auto next = mappings_.at_or_after(range->start);
+  Mapping* const there =
+      mappings_.valid(next) && mappings_.range(next).start <= range->last ? mappings_.item(next) : nullptr;
   if (set_address) {
     if (there == nullptr) return -ENOENT;
-    if (!there->address_gone || mappings_.range(mappings_.at_or_after(range->start)) != *range) return -EINVAL;
+    if (!there->address_gone || mappings_.range(next) != *range) return -EINVAL;
     there->address = c.vaddr;
     there->address_gone = false;
     return 0;
@@ -282,7 +284,7 @@ int ContainerFile::map_locked(const vfio::Type1DmaMap& c) noexcept {
   if (mapping == nullptr) return -ENOMEM;
   mapping->address = c.vaddr;
   mapping->access = access;
-  if (!mappings_.insert(*range, mapping)) {
+  if (!mappings_.insert_before(next, *range, mapping)) {
     free_mapping(mapping);
     return -ENOMEM;
   }
@@ -375,6 +377,7 @@ int ContainerFile::unmap_locked(const vfio::Type1DmaUnmap& c, const vfio::Bitmap
     }
     remove(p);
     bytes += length;
+    if (range.last >= wanted->last) break;
   }
   return 0;
 }
