@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "base/yield_point.hpp"
 #include "pinning/lease_guards.hpp"
 #include "pinning/region.hpp"
 
@@ -96,11 +97,10 @@ class Lease {
 
   void drop() noexcept {
     if (index_ == nullptr) return;
+    base::yield_point("pin.drop");
     if (word_ != nullptr) [[likely]] {
       // R.guard - release, pairs with A.guard in the reclaimer's scan: our last use comes before the unpin.
       word_->store(idle_guard, std::memory_order_release);
-      ThreadGuards* guards = ThreadGuards::of(word_);
-      guards->free_mask |= 1U << static_cast<unsigned>(word_ - guards->words.data());
     } else {
       drop_counted();
     }

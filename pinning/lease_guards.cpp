@@ -31,8 +31,8 @@ ThreadGuards* LeaseGuards::attach() noexcept {
       current_ = nullptr;
       // A lease that outlives its thread is the caller's error. Its word keeps its region pinned, so its block is not
       // handed on: the memory stays right, the leak stays visible in the statistics.
-      if (guards->free_mask != ThreadGuards::all_free) return;
-      // R.owned - release, pairs with A.owned: the next owner sees our last free_mask.
+      if (!guards->all_free()) return;
+      // R.owned - release, pairs with A.owned: the next owner comes after our last use.
       guards->owned.store(0, std::memory_order_release);
     };
     if (pthread_key_create(&exit_key, give_back) != 0) return nullptr;

@@ -145,7 +145,6 @@ void MapCache::changes_begin() noexcept {
 void MapCache::changes_end() noexcept {
   {
     const std::lock_guard held{lock_};
-    ++changes_ended_;
     // R.changes - release, pairs with A.changes in try_acquire(): what was invalidated is out of the index.
     changes_pending_.store(0, std::memory_order_release);
   }

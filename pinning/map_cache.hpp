@@ -124,6 +124,9 @@ class MapCache final : public Evictor, public StalenessListener {
   void changes_end() noexcept override;
   void forked() noexcept override;
 
+  /// How the provider would be asked for this range: with descriptor and offset where it is a file's.
+  PinRequest request_for(const MemoryRange& range, Access access) const noexcept;
+
   PinIndex& index() noexcept { return index_; }
   PinProvider& provider() noexcept { return provider_; }
   MapCacheStats stats() const noexcept;
@@ -133,6 +136,7 @@ class MapCache final : public Evictor, public StalenessListener {
   static constexpr std::size_t pieces_max = 32;      // per call of the provider
   static constexpr std::size_t in_flight_max = 128;  // pieces being pinned
   static constexpr unsigned attempts_max = 16;       // without progress
+  static constexpr unsigned refusals_max = 4;        // of watched memory by the provider
 
   struct InFlight {
     MemoryRange range{};
@@ -157,8 +161,10 @@ class MapCache final : public Evictor, public StalenessListener {
   void abandon(PinBatch& batch) noexcept;
   std::optional<BudgetRefusal> try_charge(std::uint8_t node, std::uint64_t bytes) noexcept;
   void uncharge(std::uint8_t node, std::uint64_t bytes) noexcept;
-  PinRequest request_for(const MemoryRange& range, Access access) const noexcept;
-  bool make_room(std::uint64_t bytes, std::uint8_t node, BudgetRefusal::Limit which, const MemoryRange& keep) noexcept;
+  bool make_room(std::uint64_t bytes, std::uint8_t node, BudgetRefusal::Limit which, const MemoryRange& keep,
+                 std::uint64_t unpins_seen) noexcept;
+  bool await_unpins(std::uint64_t unpins_seen) noexcept;
+  bool await_walkers() noexcept;
   Error refusal_text(const BudgetRefusal& refusal) const noexcept;
   // map_cache_retire.cpp
   std::uint64_t evict_beside(std::uint64_t bytes, std::uint8_t node, const MemoryRange* keep) noexcept;
@@ -184,7 +190,10 @@ class MapCache final : public Evictor, public StalenessListener {
   std::array<InFlight, in_flight_max> in_flight_{};
   RegionId retired_newest_ = no_region;
   RegionId retired_oldest_ = no_region;
-  std::uint64_t changes_ended_ = 0;
+  bool waits_for_walk_ = false;         // as of the last collect(): some region is only held back by a lookup under way
+  std::uint32_t unpins_under_way_ = 0;  // regions on no list, not yet uncharged: somebody is unpinning them
+  /// Batches of unpins that have ended. Written under lock_; read without, to notice that room came free meanwhile.
+  std::atomic<std::uint64_t> unpins_ended_{0};
   MapCacheStats stats_;
   FileWindows files_;
 };

@@ -1,6 +1,8 @@
 // The slow path of the map cache: find out what is missing, pay for it, pin it, publish it.
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
+#include <thread>
 
 #include "base/error_text.hpp"
 #include "pinning/map_cache_batch.hpp"
@@ -29,7 +31,8 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
   }
 
   bool counted = false;
-  unsigned idle = 0;  // rounds since something was published
+  unsigned idle = 0;     // rounds since something was published
+  unsigned refused = 0;  // pins of memory that was there a moment before
   // Each round that publishes something brings at least a granule; more rounds than granules mean that others evict
   // what we pin.
   std::uint64_t rounds_left = attempts_max + batch.wanted.length().value / granule;
@@ -49,6 +52,8 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
       }
     }
     batch.published = 0;
+    // A.unpins - acquire, pairs with R.unpins in unpin().
+    const std::uint64_t unpins_seen = unpins_ended_.load(std::memory_order_acquire);
     const Result<void> done = fill_in(batch);
     idle = batch.published != 0 ? 0 : idle + 1;
     if (done) continue;
@@ -58,9 +63,12 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
       batch.with_margin = false;
       continue;
     }
+    // Watching made the memory present; when the pin did not find it there, somebody discarded it in between, and its
+    // event had been worked off before this round began. Memory that cannot be pinned at all fails every time.
+    if (code == Errc::bad_memory && watcher_ != nullptr && batch.error && ++refused < refusals_max) continue;
     // The kernel's limit can be tighter than ours: others in this process and of this user pin as well.
     if ((code == Errc::memlock_exceeded || code == Errc::entry_limit) && done.error().os_errno != 0 &&
-        make_room(batch.wanted.length().value, any_node, BudgetRefusal::Limit::process, batch.wanted))
+        make_room(batch.wanted.length().value, any_node, BudgetRefusal::Limit::process, batch.wanted, unpins_seen))
       continue;
     return done;
   }
@@ -182,19 +190,23 @@ Result<void> MapCache::charge(PinBatch& batch) noexcept {
     const std::uint64_t bytes = provider_.memlock_charge(batch.requests[i]).value;
     unsigned attempt = 0;
     for (;;) {
+      const std::uint64_t unpins_seen = unpins_ended_.load(std::memory_order_acquire);  // A.unpins
       const auto refusal = try_charge(piece.node, bytes);
       if (!refusal) break;
       // Others may take what we free: give up after some rounds rather than evict everything.
-      if (++attempt > attempts_max || !make_room(bytes, piece.node, refusal->which, batch.wanted))
+      if (++attempt > attempts_max || !make_room(bytes, piece.node, refusal->which, batch.wanted, unpins_seen))
         return refusal_text(*refusal);
     }
     piece.charged = bytes;
   }
-  for (unsigned attempt = 0; index_.region_count() + batch.count > config_.regions_max;)
-    if (++attempt > attempts_max || !make_room(1, any_node, BudgetRefusal::Limit::space, batch.wanted))
+  for (unsigned attempt = 0;;) {
+    const std::uint64_t unpins_seen = unpins_ended_.load(std::memory_order_acquire);  // A.unpins
+    if (index_.region_count() + batch.count <= config_.regions_max) break;
+    if (++attempt > attempts_max || !make_room(1, any_node, BudgetRefusal::Limit::space, batch.wanted, unpins_seen))
       return base::fail(Errc::entry_limit, Stage::pin, 0,
                         "the cache holds {} regions, all in use, and may hold {} (MapCacheConfig::regions_max)",
                         index_.region_count(), config_.regions_max);
+  }
   return {};
 }
 
@@ -229,7 +241,10 @@ void MapCache::publish(PinBatch& batch) noexcept {
       PinBatch::Piece& piece = batch.pieces[i];
       InFlight& flight = in_flight_[piece.flight];
       const PinOutcome& outcome = batch.outcomes[i];
-      if (outcome.error) {
+      if (outcome.error && flight.poisoned) {
+        // It changed while it was being pinned: what the pin met is over, so look again.
+        ++stats_.poisoned;
+      } else if (outcome.error) {
         note(piece, outcome.error);
       } else {
         bool live = false;
@@ -298,13 +313,42 @@ void MapCache::uncharge(std::uint8_t node, std::uint64_t bytes) noexcept {
   space_.give_back(bytes);
 }
 
-// Without lock_. True when something came free.
-bool MapCache::make_room(std::uint64_t bytes, std::uint8_t node, BudgetRefusal::Limit which,
-                         const MemoryRange& keep) noexcept {
+// Without lock_. True when something came free. `unpins_seen`: unpins_ended_ from before room was found missing.
+bool MapCache::make_room(std::uint64_t bytes, std::uint8_t node, BudgetRefusal::Limit which, const MemoryRange& keep,
+                         std::uint64_t unpins_seen) noexcept {
   if (collect() != 0) return true;
   const std::uint8_t where = which == BudgetRefusal::Limit::node ? node : any_node;
   if (evict_beside(bytes, where, &keep) != 0) return true;
-  return which != BudgetRefusal::Limit::space && budget_.evict_elsewhere(*this, bytes, where) != 0;
+  if (which != BudgetRefusal::Limit::space && budget_.evict_elsewhere(*this, bytes, where) != 0) return true;
+  return await_unpins(unpins_seen) || await_walkers();
+}
+
+// A thread that was interrupted in the middle of a lookup holds everything back that it might have found, for as long
+// as it does not run. Retired regions that nobody really uses come free as soon as it goes on; 20 ms are several turns
+// on a busy CPU.
+bool MapCache::await_walkers() noexcept {
+  constexpr std::chrono::microseconds longest{20'000};
+  for (std::chrono::microseconds pause{50}; pause < longest; pause *= 2) {
+    {
+      const std::lock_guard held{lock_};
+      if (!waits_for_walk_) return false;
+    }
+    std::this_thread::sleep_for(pause);
+    if (collect() != 0) return true;
+  }
+  return false;
+}
+
+// Nothing is left to evict, but another thread may be unpinning what it took: wait for that rather than fail. It ends
+// by itself, for it needs nothing that this thread holds.
+bool MapCache::await_unpins(std::uint64_t unpins_seen) noexcept {
+  std::unique_lock held{lock_};
+  // relaxed: written under lock_.
+  while (unpins_ended_.load(std::memory_order_relaxed) == unpins_seen) {
+    if (unpins_under_way_ == 0) return false;
+    changed_->wait(held);
+  }
+  return true;
 }
 
 }  // namespace iovane::pinning

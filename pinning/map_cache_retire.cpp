@@ -66,7 +66,10 @@ std::uint64_t MapCache::collect() noexcept {
     std::size_t report_count = 0;
     {
       const std::lock_guard held{lock_};
-      if (std::exchange(first, false)) left = stats_.regions_retired;  // one pass over what waits now
+      if (std::exchange(first, false)) {
+        left = stats_.regions_retired;  // one pass over what waits now
+        waits_for_walk_ = false;
+      }
       std::size_t count = 0;
       while (count < ids.size() && left != 0) {
         const RegionId id = pop_retired();
@@ -75,10 +78,15 @@ std::uint64_t MapCache::collect() noexcept {
         --left;
       }
       if (count == 0) break;
-      index_.find_users({ids.data(), count}, {in_use.data(), count});
+      const std::uint64_t walked = index_.find_users({ids.data(), count}, {in_use.data(), count});
+      waits_for_walk_ = waits_for_walk_ || walked != 0;
       for (std::size_t i = 0; i < count; ++i) {
         if (!in_use[i]) {
           ids[unused++] = ids[i];
+          continue;
+        }
+        if (((walked >> i) & 1U) != 0) {
+          push_retired(ids[i], index_.record(ids[i]).list());
           continue;
         }
         if (index_.record(ids[i]).list() != RegionList::reported) {
@@ -87,6 +95,7 @@ std::uint64_t MapCache::collect() noexcept {
         }
         push_retired(ids[i], RegionList::reported);
       }
+      unpins_under_way_ += static_cast<std::uint32_t>(unused);
     }
     freed += unpin({ids.data(), unused});
     if (config_.on_stale_use)
@@ -128,13 +137,14 @@ std::uint64_t MapCache::evict_beside(std::uint64_t bytes, std::uint8_t node, con
           push_retired(ids[i], RegionList::reported);
       }
       stats_.evictions += unused;
+      unpins_under_way_ += static_cast<std::uint32_t>(unused);
     }
     freed += unpin({ids.data(), unused});
   }
   return freed;
 }
 
-// Without lock_. The regions are out of the index, on no list, and nobody uses them.
+// Without lock_. The regions are out of the index, on no list, counted in unpins_under_way_, and nobody uses them.
 std::uint64_t MapCache::unpin(std::span<const RegionId> ids) noexcept {
   if (ids.empty()) return 0;
   std::array<UnpinRequest, PinIndex::batch_max> requests;
@@ -145,21 +155,27 @@ std::uint64_t MapCache::unpin(std::span<const RegionId> ids) noexcept {
   }
   provider_.unpin({requests.data(), ids.size()}, {errors.data(), ids.size()});
   std::uint64_t freed = 0;
-  const std::lock_guard held{lock_};
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    RegionRecord& record = index_.record(ids[i]);
-    if (errors[i]) {
-      record.set_state(RegionState::quarantined);
-      ++stats_.regions_lost;
-      continue;
+  {
+    const std::lock_guard held{lock_};
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      RegionRecord& record = index_.record(ids[i]);
+      if (errors[i]) {
+        record.set_state(RegionState::quarantined);
+        ++stats_.regions_lost;
+        continue;
+      }
+      const MemoryRange range = record.range();
+      const std::uint64_t bytes = provider_.memlock_charge(request_for(range, record.access())).value;
+      uncharge(record.node(), bytes);
+      freed += bytes;
+      index_.forget(ids[i]);
+      unwatch_locked(range);
     }
-    const MemoryRange range = record.range();
-    const std::uint64_t bytes = provider_.memlock_charge(request_for(range, record.access())).value;
-    uncharge(record.node(), bytes);
-    freed += bytes;
-    index_.forget(ids[i]);
-    unwatch_locked(range);
+    unpins_under_way_ -= static_cast<std::uint32_t>(ids.size());
+    // R.unpins - release, pairs with A.unpins in charge() and ensure(): who sees the count sees the room.
+    unpins_ended_.fetch_add(1, std::memory_order_release);
   }
+  changed_->notify_all();
   return freed;
 }
 

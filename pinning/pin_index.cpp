@@ -17,7 +17,7 @@ constinit std::bitset<PinIndex::indices_max + 1> numbers_used{1};  // 0 is no in
 }  // namespace
 
 Result<void> PinIndex::open() noexcept {
-  AsymmetricBarrier::prepare();
+  base::prepare_asymmetric_barrier();
   if (auto opened = table_.open(); !opened) return opened;
   void* word = map_zeroed(granule_bytes, granule_bytes, false);
   if (word == nullptr || madvise(word, granule_bytes, MADV_WIPEONFORK) != 0) {
@@ -156,21 +156,31 @@ bool PinIndex::restore(RegionId id) noexcept {
   return true;
 }
 
-void PinIndex::find_users(std::span<const RegionId> erased, std::span<bool> in_use) noexcept {
+std::uint64_t PinIndex::find_users(std::span<const RegionId> erased, std::span<bool> in_use) noexcept {
   const std::lock_guard held{lock_};
-  AsymmetricBarrier::heavy();
+  base::heavy_barrier();
+  base::yield_point("pin.scan");
   // Guards before counts: hold() counts first and drops its guard afterwards, so one of the two is always seen.
-  for (std::size_t i = 0; i < erased.size(); ++i) in_use[i] = false;
+  static_assert(batch_max <= 64);
+  std::uint64_t walked = 0;
+  std::uint64_t used = 0;
   LeaseGuards::for_each_busy([&](GuardWord w) {
-    for (std::size_t i = 0; i < erased.size(); ++i)
-      if (is_walking(w) ? walked_keys(w).overlaps(records_.at(erased[i]).range())
-                        : w == leased_guard(number_, erased[i]))
-        in_use[i] = true;
+    for (std::size_t i = 0; i < erased.size(); ++i) {
+      const std::uint64_t bit = std::uint64_t{1} << i;
+      if (is_walking(w))
+        walked |= walked_keys(w).overlaps(records_.at(erased[i]).range()) ? bit : 0;
+      else
+        used |= w == leased_guard(number_, erased[i]) ? bit : 0;
+    }
   });
-  for (std::size_t i = 0; i < erased.size(); ++i)
+  base::yield_point("pin.counts");
+  for (std::size_t i = 0; i < erased.size(); ++i) {
     // A.hold - acquire, pairs with R.hold in drop_hold(): the holder's last use comes before the unpin.
-    if (records_.at(erased[i]).holds.load(std::memory_order_acquire) != 0) in_use[i] = true;
+    if (records_.at(erased[i]).holds.load(std::memory_order_acquire) != 0) used |= std::uint64_t{1} << i;
+    in_use[i] = (((used | walked) >> i) & 1U) != 0;
+  }
   if (table_.has_limbo()) table_.reclaim();
+  return walked & ~used;
 }
 
 void PinIndex::forget(RegionId id) noexcept {
@@ -220,6 +230,7 @@ Region Hold::region() const noexcept { return index_->region(id_); }
 
 Hold Lease::hold() const noexcept {
   index_->add_hold(id_);
+  base::yield_point("pin.held");
   return Hold{index_, id_, address_, length_};
 }
 

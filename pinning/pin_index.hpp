@@ -18,9 +18,10 @@
 #include <optional>
 #include <span>
 
+#include "base/asymmetric_barrier.hpp"
+#include "base/yield_point.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
-#include "pinning/asymmetric_barrier.hpp"
 #include "pinning/lease.hpp"
 #include "pinning/memory_range.hpp"
 #include "pinning/radix_table.hpp"
@@ -63,9 +64,10 @@ class PinIndex {
     if (guards == nullptr) [[unlikely]]
       return translate_first(key);
     auto& word = guards->words[ThreadGuards::walk_word];
-    // relaxed: ordered before the walk by light().
+    // relaxed: ordered before the walk by light_barrier().
     word.store(walking_guard({key, key}), std::memory_order_relaxed);
-    AsymmetricBarrier::light();
+    base::light_barrier();
+    base::yield_point("pin.announced");
     const RadixTable::Found found = table_.find(key);
     // R.guard - release, pairs with A.guard: our reads come before the reuse of what we read.
     word.store(idle_guard, std::memory_order_release);
@@ -79,19 +81,17 @@ class PinIndex {
   template <bool note_use = true>
   Lease acquire(const MemoryRange& range, Access need) noexcept {
     ThreadGuards* guards = LeaseGuards::current();
-    if (guards == nullptr || guards->free_mask == 0 || !range.well_formed()) [[unlikely]]
+    std::atomic<GuardWord>* free = guards == nullptr ? nullptr : guards->free_word();
+    if (free == nullptr || !range.well_formed()) [[unlikely]]
       return acquire_without_guard(range, need, note_use);
-    const std::uint32_t mask = guards->free_mask;
-    const auto chosen = static_cast<unsigned>(std::countr_zero(mask));
-    guards->free_mask = mask & (mask - 1);
-    auto& word = guards->words[chosen];
-    // relaxed: ordered before the walk by light().
+    auto& word = *free;
+    // relaxed: ordered before the walk by light_barrier().
     word.store(walking_guard(range), std::memory_order_relaxed);
-    AsymmetricBarrier::light();
+    base::light_barrier();
+    base::yield_point("pin.announced");
     const RadixTable::Found found = table_.find(range.start);
     if (!includes(found.access(), need) || found.word == 0) [[unlikely]] {
       word.store(idle_guard, std::memory_order_release);  // R.guard
-      guards->free_mask = mask;
       return {};
     }
     const RegionId id = found.id();
@@ -101,7 +101,9 @@ class PinIndex {
       const std::uint64_t region_last = records_.at(id).last();
       if (region_last < last) last = region_last;
     }
+    base::yield_point("pin.found");
     if constexpr (note_use) RadixTable::mark_accessed(found);
+    base::yield_point("pin.marked");
     // R.walk - release, pairs with A.guard: our reads of the tables come before their reuse, which "leased" allows.
     word.store(leased_guard(number_, id), std::memory_order_release);
     return Lease{this, &word, id, found.address, last - range.start + 1};
@@ -128,9 +130,10 @@ class PinIndex {
   /// Undoes erase(). False when something else has been inserted there meanwhile or memory is short.
   bool restore(RegionId id) noexcept;
   /// Which of these erased regions may still be in use: sets in_use[i]. Passes the asymmetric barrier once and also
-  /// frees tables that nobody walks. At most batch_max regions.
+  /// frees tables that nobody walks. At most batch_max regions. Returns a set, bit i for erased[i]: those that only a
+  /// lookup under way holds back, which is over as soon as its thread runs.
   static constexpr std::size_t batch_max = 64;
-  void find_users(std::span<const RegionId> erased, std::span<bool> in_use) noexcept;
+  std::uint64_t find_users(std::span<const RegionId> erased, std::span<bool> in_use) noexcept;
   /// Ends an erased region that find_users() found unused.
   void forget(RegionId id) noexcept;
 

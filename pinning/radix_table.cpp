@@ -180,6 +180,7 @@ void RadixTable::unlink(Slot& parent, std::uint64_t first_key, unsigned child_le
   Slot* table = table_of(parent.word.load(std::memory_order_relaxed));  // relaxed: as in level0_slot()
   // relaxed: readers that still walk the table find zeroes; reclaim() waits for them by their guards.
   parent.word.store(0, std::memory_order_relaxed);
+  base::yield_point("pin.unlink");
   table[0].address.store(reinterpret_cast<std::uint64_t>(limbo_), std::memory_order_relaxed);
   table[1].address.store(first_key | child_level, std::memory_order_relaxed);
   limbo_ = table;
@@ -220,6 +221,7 @@ void RadixTable::write(const MemoryRange& range, RegionId id, Access access, std
   for_each_slot(range, [&](Slot& slot, unsigned, std::uint64_t key) {
     // R.address - release, pairs with A.address: the 0 that this slot held before is visible with the new address.
     slot.address.store(address + (key - range.start), std::memory_order_release);
+    base::yield_point("pin.publish");
     // R.slot - release, pairs with A.slot: address and record are visible before the region is.
     slot.word.store(word, std::memory_order_release);
   });
@@ -229,6 +231,7 @@ void RadixTable::erase(const MemoryRange& range) noexcept {
   for_each_slot(range, [](Slot& slot, unsigned, std::uint64_t) {
     // relaxed: the reclaimer's barrier orders this store before its look at the guards.
     slot.word.store(0, std::memory_order_relaxed);
+    base::yield_point("pin.erase");
   });
   prune(range.start);
   if ((range.start >> level_shifts[1]) != (range.last >> level_shifts[1])) prune(range.last);

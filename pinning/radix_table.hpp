@@ -25,6 +25,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "base/yield_point.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
 #include "pinning/lease_guards.hpp"
@@ -81,11 +82,13 @@ class RadixTable {
     std::uint64_t offset_mask = (std::uint64_t{1} << level_shifts[0]) - 1;
     if ((word & region_tag) == 0) {
       if (word == 0) return {};
+      base::yield_point("pin.coarse");
       slot = table_of(word) + ((key >> level_shifts[1]) & (level_slots[1] - 1));
       word = slot->word.load(std::memory_order_acquire);  // A.slot
       offset_mask = (std::uint64_t{1} << level_shifts[1]) - 1;
       if ((word & region_tag) == 0) {
         if (word == 0) return {};
+        base::yield_point("pin.fine");
         slot = table_of(word) + ((key >> level_shifts[2]) & (level_slots[2] - 1));
         word = slot->word.load(std::memory_order_acquire);  // A.slot
         offset_mask = (std::uint64_t{1} << level_shifts[2]) - 1;
@@ -94,7 +97,9 @@ class RadixTable {
     }
     // A.address - acquire, pairs with R.address: an address of a later region brings the 0 that preceded it, so that
     // the re-read below cannot still show the earlier region (I2).
+    base::yield_point("pin.address");
     const std::uint64_t address = slot->address.load(std::memory_order_acquire);
+    base::yield_point("pin.again");
     // relaxed: ordered by A.address; compared only.
     const std::uint64_t again = slot->word.load(std::memory_order_relaxed);
     if (((word ^ again) & ~accessed_bit) != 0) return {};  // it changed under us: the slow path sees what it is now
@@ -123,7 +128,7 @@ class RadixTable {
   void erase(const MemoryRange& range) noexcept;
   /// Whether any slot of the range was used since the last call; clears the marks.
   bool take_accessed(const MemoryRange& range) noexcept;
-  /// Frees unlinked tables that nobody walks. Call after AsymmetricBarrier::heavy().
+  /// Frees unlinked tables that nobody walks. Call after base::heavy_barrier().
   void reclaim() noexcept;
   bool has_limbo() const noexcept { return limbo_ != nullptr; }
 

@@ -117,6 +117,9 @@ void Userfaultfd::unwatch(const MemoryRange& range) noexcept {
   uffdio_range pages = pages_of(range);
   // It fails when the memory is gone, which is what unwatching wants.
   (void)ioctl(fd_.get(), UFFDIO_UNREGISTER, &pages);
+  // It wakes the threads that wait for a page there only where it found a watched mapping. One that was replaced
+  // meanwhile (mmap over it) is not, and its waiters would sleep for good.
+  (void)ioctl(fd_.get(), UFFDIO_WAKE, &pages);
 }
 
 std::size_t Userfaultfd::read(std::span<Event> out) noexcept {

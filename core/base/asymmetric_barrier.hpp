@@ -12,7 +12,7 @@
 //   each CPU that runs one of our threads, and a thread that does not run passed one when it was switched out.
 // Without membarrier (old kernels, seccomp filters), under sanitizers and under the yield-point scheduler, announce()
 //   is a seq_cst store and heavy_barrier() a seq_cst read-modify-write: the textbook form, which ThreadSanitizer
-//   understands.
+//   understands. light_barrier() is then a full fence, and so is heavy_barrier().
 // Source: membarrier(2); Linux Documentation/scheduler/membarrier.rst.
 #pragma once
 
@@ -29,6 +29,7 @@ inline constexpr bool asymmetric_barrier_possible = true;
 namespace detail {
 // Set once, before the first announce(), by prepare_asymmetric_barrier(); never changes afterwards.
 extern constinit std::atomic<bool> asymmetric_barrier_ready;
+void full_fence() noexcept;
 }  // namespace detail
 
 /// Registers the process with membarrier(2). Call before the first announce() on data that heavy_barrier() revokes;
@@ -70,6 +71,22 @@ inline void announce_fast(std::atomic<T>& word, T value) noexcept {
     word.store(value, std::memory_order_seq_cst);
   }
 }
+
+/// For a walk: between the announcement (a store of any order) and loads that are weaker than seq_cst. Where announce()
+/// would be a seq_cst store this is a full fence, since such loads may pass that store (POWER, Arm with RCpc loads).
+inline void light_barrier() noexcept {
+  if constexpr (asymmetric_barrier_possible) {
+    // relaxed: written once, before this thread could know the data structure.
+    if (detail::asymmetric_barrier_ready.load(std::memory_order_relaxed)) [[likely]] {
+      asm volatile("" ::: "memory");
+      return;
+    }
+  }
+  detail::full_fence();
+}
+
+/// For tests of the strong form: from now on neither side uses membarrier(2). Before the first announcement.
+void refuse_asymmetric_barrier() noexcept;
 
 /// The rare side's fence: everything announced before it by a thread that did not see our store is visible after it.
 /// Any thread; one system call of about a microsecond.

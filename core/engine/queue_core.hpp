@@ -38,11 +38,9 @@ class QueueCore final : public LaneNode {
   ~QueueCore();
 
   // --- The owner's side.
-  /// Makes the operation in its place: what was written in pieces a moment ago is slow to copy as a whole.
-  template <typename Request>
-  bool stage(const Request& request) noexcept {
+  bool stage(const Operation& operation) noexcept {
     if (staged_ - taken_ == depth_) return false;
-    std::construct_at(&operations_[staged_++ & mask_], request);
+    operations_[staged_++ & mask_] = operation;
     return true;
   }
   void submit() noexcept;
@@ -63,10 +61,10 @@ class QueueCore final : public LaneNode {
     return published_.load(std::memory_order_acquire);
   }
   std::uint64_t executed() const noexcept { return executed_; }
-  /// The operations from executed() on, and the places of their completions: these are the holder's until deliver().
-  Slice next_slice() noexcept { return {operations_.data(), completions_.data(), executed_, mask_}; }
-  /// Shows the completions of the next `count` operations to the owner.
-  void deliver(std::uint32_t count) noexcept;
+  const Operation& operation(std::uint64_t index) const noexcept { return operations_[index & mask_]; }
+  /// Stages the completion of the next operation; deliver() shows them to the owner.
+  void complete(const Completion& completion) noexcept { completions_[executed_++ & mask_] = completion; }
+  void deliver() noexcept;
   /// True when an operation that was linked to the next one failed; lives as long as the queue, so a chain may span
   /// batches.
   bool link_broken = false;

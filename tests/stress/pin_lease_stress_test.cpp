@@ -121,20 +121,21 @@ void race(std::chrono::milliseconds time) {
 }
 
 TEST(PinLeaseStress, EraseRacesLeasesWithMembarrier) {
-  if (AsymmetricBarrier::prepare() != AsymmetricBarrier::Mode::process_wide)
+  base::prepare_asymmetric_barrier();
+  if (!base::asymmetric_barrier_possible || !base::fast_announce_allowed())
     GTEST_SKIP() << "membarrier(PRIVATE_EXPEDITED) is not available here";
   race(std::chrono::milliseconds{1500});
 }
 
 // Its own process in ctest: the mode is chosen before any lease exists.
 TEST(PinLeaseStress, EraseRacesLeasesWithFullFences) {
-  AsymmetricBarrier::force_full_fence();
+  base::refuse_asymmetric_barrier();
   race(std::chrono::milliseconds{1500});
 }
 
 // The barrier's own promise, as a litmus test: not both sides may miss each other's store.
 TEST(PinLeaseStress, BarrierNeverLetsBothSidesMiss) {
-  AsymmetricBarrier::prepare();
+  base::prepare_asymmetric_barrier();
   std::atomic<int> x{0};
   std::atomic<int> y{0};
   std::atomic<int> round{0};
@@ -145,7 +146,7 @@ TEST(PinLeaseStress, BarrierNeverLetsBothSidesMiss) {
     for (int r = 1; r <= rounds; ++r) {
       while (round.load(std::memory_order_acquire) < r) std::this_thread::yield();
       x.store(r, std::memory_order_relaxed);
-      AsymmetricBarrier::light();
+      base::light_barrier();
       seen_x = y.load(std::memory_order_relaxed);
       done.store(r, std::memory_order_release);
     }
@@ -154,7 +155,7 @@ TEST(PinLeaseStress, BarrierNeverLetsBothSidesMiss) {
   for (int r = 1; r <= rounds; ++r) {
     round.store(r, std::memory_order_release);
     y.store(r, std::memory_order_relaxed);
-    AsymmetricBarrier::heavy();
+    base::heavy_barrier();
     const int seen_y = x.load(std::memory_order_relaxed);
     while (done.load(std::memory_order_acquire) < r) std::this_thread::yield();
     if (seen_x < r && seen_y < r) ++both_missed;

@@ -6,8 +6,9 @@
 #include <unistd.h>
 
 #include <array>
-#include <atomic>
 #include <chrono>
+#include <iostream>
+#include <stop_token>
 #include <thread>
 
 #include "pinning/map_cache.hpp"
@@ -18,6 +19,7 @@ namespace iovane::pinning {
 namespace {
 
 constexpr std::size_t os_page = 4096;
+constexpr std::uint64_t rounds_min = 100;
 
 std::byte device_reads(io_uring& ring, const Region& region, std::uint64_t address, std::array<int, 2> pipe_ends) {
   io_uring_sqe* sqe = io_uring_get_sqe(&ring);
@@ -34,7 +36,7 @@ std::byte device_reads(io_uring& ring, const Region& region, std::uint64_t addre
 }
 
 // Disabled: under load it aborts or hangs on a two-core machine; the cause (the monitor or the test) is not known yet.
-TEST(StalenessStress, DISABLED_WhatADeviceReadsIsWhatTheAddressHolds) {
+TEST(StalenessStress, WhatADeviceReadsIsWhatTheAddressHolds) {
   auto provider = UringProvider::open({.buffers = 256});
   if (!provider) GTEST_SKIP() << provider.error().message();
   auto monitor = StalenessMonitor::open();
@@ -51,9 +53,8 @@ TEST(StalenessStress, DISABLED_WhatADeviceReadsIsWhatTheAddressHolds) {
   ASSERT_EQ(pipe(ends.data()), 0);
 
   // The neighbour: pins the chunk again as soon as it was dropped, in the middle of the discards.
-  std::atomic<bool> stop{false};
-  std::thread neighbour{[&] {
-    while (!stop.load(std::memory_order_relaxed)) {
+  std::jthread neighbour{[&](const std::stop_token& stop) {
+    while (!stop.stop_requested()) {
       const auto lease = cache.acquire(*MemoryRange::of(chunk + 9 * os_page, Bytes{8}), Access::read_write);
       if (!lease) std::this_thread::yield();
     }
@@ -61,8 +62,10 @@ TEST(StalenessStress, DISABLED_WhatADeviceReadsIsWhatTheAddressHolds) {
   const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds{2500};
   std::uint64_t rounds = 0;
   std::uint64_t stale = 0;
+  std::uint64_t refused = 0;
   std::byte* page = chunk + 3 * os_page;
-  while (std::chrono::steady_clock::now() < until) {
+  // On a busy machine a round can take many milliseconds: at least so many, however long that is.
+  while (std::chrono::steady_clock::now() < until || rounds <= rounds_min) {
     const std::byte mark{static_cast<unsigned char>(++rounds % 251)};
     if (rounds % 3 == 0) {
       // In one step, so that the neighbour cannot take the address in between.
@@ -73,15 +76,20 @@ TEST(StalenessStress, DISABLED_WhatADeviceReadsIsWhatTheAddressHolds) {
     *page = mark;
     const auto lease = cache.acquire(*MemoryRange::of(page, Bytes{1}), Access::read_write);
     if (!lease) {
-      ASSERT_EQ(lease.error().code, Errc::busy) << lease.error().message();
+      // busy: the neighbour's discards never left a gap. entry_limit: the neighbour was interrupted inside a lookup for
+      // so long that 256 regions had to wait for it.
+      ASSERT_TRUE(lease.error().code == Errc::busy || lease.error().code == Errc::entry_limit)
+          << lease.error().message();
+      ++refused;
       continue;
     }
     if (device_reads((*provider)->ring(), lease->region(), lease->address(), ends) != mark) ++stale;
   }
-  stop = true;
+  neighbour.request_stop();
   neighbour.join();
   EXPECT_EQ(stale, 0U) << "of " << rounds;
-  EXPECT_GT(rounds, 100U);
+  EXPECT_LT(refused, rounds / 2);
+  EXPECT_EQ(cache.stats().regions_lost, 0U);
   RecordProperty("rounds", std::to_string(rounds));
   RecordProperty("late_discards", std::to_string((*monitor)->stats().late_discards));
   std::cout << rounds << " rounds, " << (*monitor)->stats().late_discards << " discards came late\n";

@@ -337,6 +337,44 @@ TEST_F(MapCacheTest, ForkedChildIsClosedAndLeavesThePinsAlone) {
   EXPECT_EQ(status, 0);
 }
 
+// Holds every unpin up until told otherwise.
+class SlowUnpins final : public PinProvider {
+ public:
+  const ProviderTraits& traits() const noexcept override { return inner.traits(); }
+  void pin(std::span<const PinRequest> requests, std::span<PinOutcome> outcomes) noexcept override {
+    inner.pin(requests, outcomes);
+  }
+  void unpin(std::span<const UnpinRequest> requests, std::span<Error> outcomes) noexcept override {
+    began.store(true, std::memory_order_release);
+    while (!go_on.load(std::memory_order_acquire)) std::this_thread::yield();
+    inner.unpin(requests, outcomes);
+  }
+  CountingProvider inner;
+  std::atomic<bool> began{false};
+  std::atomic<bool> go_on{false};
+};
+
+TEST_F(MapCacheTest, ARequestWaitsForRoomThatAnotherThreadIsMaking) {
+  SlowUnpins slow;
+  auto opened = MapCache::open(slow, budget, {.chunk = 4_KiB, .bytes_max = 4_KiB});
+  ASSERT_TRUE(opened);
+  MapCache& tight = **opened;
+  ASSERT_TRUE(tight.acquire(granules(0, 1), Access::read));
+  tight.invalidate(granules(0, 1));
+  std::thread unpinning{[&] { tight.collect(); }};
+  while (!slow.began.load(std::memory_order_acquire)) std::this_thread::yield();
+  // The only room there is belongs to a region that is neither live nor retired now.
+  Result<void> done;
+  std::thread asking{[&] {
+    if (const auto lease = tight.acquire(granules(1, 1), Access::read); !lease) done = lease.error();
+  }};
+  std::this_thread::sleep_for(std::chrono::milliseconds{20});
+  slow.go_on.store(true, std::memory_order_release);
+  unpinning.join();
+  asking.join();
+  EXPECT_TRUE(done) << done.error().message();
+}
+
 TEST_F(MapCacheTest, HitsStopWhileChangesArePending) {
   open();
   ASSERT_TRUE(cache->acquire(granules(0, 1), Access::read));

@@ -45,7 +45,7 @@ class Lru {
 TEST(PinEviction, AScanDoesNotPushOutTheWorkingSet) {
   constexpr std::uint64_t room = 200;
   constexpr std::uint64_t working_set = 150;
-  CountingProvider provider;
+  CountingProvider provider{{.find_double_pins = false}};
   PinBudget budget;
   auto opened = MapCache::open(
       provider, budget, {.chunk = Bytes{granule_bytes}, .bytes_max = Bytes{room * granule_bytes}, .evict_min = 1});
@@ -98,7 +98,7 @@ TEST(PinEviction, ARegionThatComesBackSoonGoesToTheMainQueue) {
 }
 
 TEST(PinEviction, OneBatchOfUnpinsForManyRegions) {
-  CountingProvider provider;
+  CountingProvider provider{{.find_double_pins = false}};
   PinBudget budget;
   auto opened = MapCache::open(
       provider, budget, {.chunk = Bytes{granule_bytes}, .bytes_max = Bytes{1000 * granule_bytes}, .evict_min = 32});

@@ -11,6 +11,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <csignal>
@@ -179,6 +180,87 @@ TEST_F(StalenessTest, InUseMemoryIsQuarantinedUntilReleased) {
   hold.drop();
   EXPECT_TRUE(drained());
   EXPECT_EQ(provider.counts().bytes_pinned, 0U);
+}
+
+// Pins only what it is asked for a second time: memory discarded between the watch and the pin looks like that.
+class RefusingOnce final : public PinProvider {
+ public:
+  explicit RefusingOnce(unsigned times) : left_{times} {}
+  const ProviderTraits& traits() const noexcept override { return inner.traits(); }
+  void pin(std::span<const PinRequest> requests, std::span<PinOutcome> outcomes) noexcept override {
+    ++calls;
+    if (left_ == 0) return inner.pin(requests, outcomes);
+    --left_;
+    for (PinOutcome& outcome : outcomes)
+      outcome = {{}, make_error(Errc::bad_memory, Stage::pin, "the page was not there")};
+  }
+  void unpin(std::span<const UnpinRequest> requests, std::span<Error> outcomes) noexcept override {
+    inner.unpin(requests, outcomes);
+  }
+  CountingProvider inner;
+  unsigned calls = 0;
+
+ private:
+  unsigned left_;
+};
+
+TEST_F(StalenessTest, APinThatMissedTheMemoryIsTriedAgain) {
+  std::byte* p = map(4);
+  RefusingOnce once{2};  // the first refusal is put down to the margin
+  auto opened = MapCache::open(once, budget, {.chunk = Bytes{4096}}, monitor.get());
+  ASSERT_TRUE(opened);
+  const auto lease = (*opened)->acquire(range_of(p, 1), Access::read_write);
+  EXPECT_TRUE(lease) << lease.error().message();
+  munmap(p, 4 * os_page);
+}
+
+TEST_F(StalenessTest, MemoryThatCanNeverBePinnedIsSaidToBe) {
+  std::byte* p = map(4);
+  RefusingOnce always{~0U};
+  auto opened = MapCache::open(always, budget, {.chunk = Bytes{4096}}, monitor.get());
+  ASSERT_TRUE(opened);
+  const auto lease = (*opened)->acquire(range_of(p, 1), Access::read_write);
+  ASSERT_FALSE(lease);
+  EXPECT_EQ(lease.error().code, Errc::bad_memory);
+  EXPECT_LT(always.calls, 20U);
+  munmap(p, 4 * os_page);
+}
+
+// A thread that waits for a discarded page while the mapping around it is replaced: its wake-up must not depend on the
+// mapping that it began to wait in.
+TEST(StalenessWaiters, AWaiterGoesOnWhenItsMappingWasReplaced) {
+  auto uffd = Userfaultfd::open(false);
+  if (!uffd) GTEST_SKIP() << uffd.error().message();
+  void* room = mmap(nullptr, os_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(room, MAP_FAILED);
+  auto* page = static_cast<volatile std::byte*>(room);
+  const MemoryRange range = *MemoryRange::of(room, Bytes{os_page});
+  ASSERT_TRUE(uffd->watch(range));
+  const auto next_event = [&](Userfaultfd::EventKind kind) {
+    for (int i = 0; i < 2000; ++i) {
+      std::array<Userfaultfd::Event, 1> event;
+      if (uffd->read(event) == 1) return event[0].kind == kind;
+      std::this_thread::sleep_for(std::chrono::milliseconds{1});
+    }
+    return false;
+  };
+  std::atomic<bool> went_on{false};
+  std::thread toucher{[&] {
+    *page = std::byte{1};
+    went_on = true;
+  }};
+  EXPECT_TRUE(next_event(Userfaultfd::EventKind::fault));
+  std::thread replacer{[&] {
+    EXPECT_EQ(mmap(room, os_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0), room);
+  }};
+  EXPECT_TRUE(next_event(Userfaultfd::EventKind::unmap));
+  replacer.join();
+  uffd->unwatch(range);
+  for (int i = 0; i < 2000 && !went_on; ++i) std::this_thread::sleep_for(std::chrono::milliseconds{1});
+  EXPECT_TRUE(went_on) << "it sleeps although nobody watches that address any more";
+  if (!went_on) uffd = Userfaultfd::open(false);  // closing the old one lets it go
+  toucher.join();
+  munmap(room, os_page);
 }
 
 TEST_F(StalenessTest, MemoryThatCannotBeWatchedIsRefusedWithTheReason) {
