@@ -1,5 +1,5 @@
 // Planning: what each operation means for the index, and which backend operations it needs. Executing a phase and
-// spreading its verdicts is in batch_flush.cpp.
+// spreading its verdicts is in batch_flush.cpp, replacing in batch_replace.cpp.
 #include "engine/batch_executor.hpp"
 
 #include <algorithm>
@@ -12,230 +12,262 @@ using backends::BackendOp;
 using backends::OpKind;
 using base::fail;
 
-namespace {
-constexpr std::uint32_t map_ops_max = slice_operations_max + pieces_max;
-}
-
-BatchExecutor::BatchExecutor(SpaceState& space) : space_{space} {
-  verdicts_.resize(slice_operations_max);
-  maps_.reserve(slice_operations_max);
-  unmaps_.reserve(slice_operations_max);
-  map_ops_.reserve(map_ops_max);
-  ops_.reserve(slice_operations_max + map_ops_max);
-  results_.resize(slice_operations_max + map_ops_max);
-  group_sizes_.reserve(slice_operations_max);
-}
-
 void BatchExecutor::run(QueueCore& queue) noexcept {
   const std::uint64_t published = queue.take_published();
   while (queue.executed() != published) {
     const auto count =
         static_cast<std::uint32_t>(std::min<std::uint64_t>(published - queue.executed(), slice_operations_max));
-    run_slice({&queue, queue.executed(), nullptr}, count, queue.link_broken);
-    for (std::uint32_t i = 0; i < count; ++i) queue.complete(verdicts_[i]);
-    queue.deliver();
+    run_slice(queue.next_slice(), count, queue.link_broken);
+    queue.deliver(count);
   }
 }
 
 Completion BatchExecutor::run_one(const Operation& operation) noexcept {
+  Completion completion;
   bool link_broken = false;
-  run_slice({nullptr, 0, &operation}, 1, link_broken);
-  return verdicts_[0];
+  run_slice({&operation, &completion, 0, 0}, 1, link_broken);
+  return completion;
 }
 
-void BatchExecutor::run_slice(const OperationSource& operations, std::uint32_t count, bool& link_broken) noexcept {
-  ++space_.stats.batches;
+void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& link_broken) noexcept {
+  slice_ = slice;
+  succeeded_ = {};
   for (std::uint32_t i = 0; i < count; ++i) {
-    const Operation& operation = operations[i];
-    Completion& verdict = verdicts_[i];
-    verdict = Completion{operation.user_data, {}, operation.start, {}, {}};
-    if (space_.closed) {
-      verdict.error = make_error(Errc::closed, Stage::validate, "the address space has been destroyed");
-    } else if (link_broken) {
-      verdict.error = make_error(Errc::cancelled, Stage::validate, "the operation it was linked to failed");
-    } else {
+    const Operation& operation = slice.operation(i);
+    slice.completion(i) = Completion{operation.user_data, {}, operation.start, {}, {}};
+    ++succeeded_[static_cast<unsigned>(operation.kind)];  // until refuse() says otherwise
+    if (space_.closed || link_broken) [[unlikely]]
+      refuse(i, not_begun());
+    else
       plan(i, operation);
-    }
-    if (operation.order == Order::link) {
+    link_broken = false;
+    if (operation.order == Order::link) [[unlikely]] {
       flush();  // the next operation needs this one's verdict
-      link_broken = !verdict.ok();
-    } else {
-      link_broken = false;
+      link_broken = !slice.completion(i).ok();
     }
   }
   flush();
-  for (std::uint32_t i = 0; i < count; ++i) {
-    if (!verdicts_[i].ok()) {
-      ++space_.stats.failures;
-      continue;
-    }
-    switch (operations[i].kind) {
-      case OperationKind::map: ++space_.stats.maps; break;
-      case OperationKind::unmap: ++space_.stats.unmaps; break;
-      case OperationKind::replace: ++space_.stats.replaces; break;
-      case OperationKind::fence: break;
-    }
-  }
+  Stats& stats = space_.stats;
+  ++stats.batches;
+  stats.maps += succeeded_[static_cast<unsigned>(OperationKind::map)];
+  stats.unmaps += succeeded_[static_cast<unsigned>(OperationKind::unmap)];
+  stats.replaces += succeeded_[static_cast<unsigned>(OperationKind::replace)];
 }
 
-void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noexcept {
-  Completion& verdict = verdicts_[i];
+void BatchExecutor::refuse(std::uint32_t i, const Error& error) noexcept {
+  Completion& verdict = slice_.completion(i);
+  if (!verdict.ok()) return;
+  verdict.error = error;
+  --succeeded_[static_cast<unsigned>(slice_.operation(i).kind)];
+  ++space_.stats.failures;
+}
+
+Error BatchExecutor::not_begun() const noexcept {
+  return space_.closed ? make_error(Errc::closed, Stage::validate, "the address space has been destroyed")
+                       : make_error(Errc::cancelled, Stage::validate, "the operation it was linked to failed");
+}
+
+inline void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noexcept {
   switch (operation.kind) {
-    case OperationKind::map: verdict.error = plan_map(i, operation); return;
-    case OperationKind::unmap: verdict.error = plan_unmap(i, operation); return;
-    case OperationKind::replace: verdict.error = replace(i, operation); return;
-    case OperationKind::fence: flush(); return;
+    case OperationKind::map: return plan_map(i, operation);
+    case OperationKind::unmap: return plan_unmap(i, operation);
+    case OperationKind::replace: return replace(i, operation);
+    case OperationKind::fence: return flush();
   }
 }
 
-BackendOp BatchExecutor::map_op(const ResolvedPiece& piece, IovaRange range, Access access) const noexcept {
-  const bool copy = piece.region.value != 0 && space_.map_by_copy;
-  return {copy ? OpKind::copy : OpKind::map, access, piece.region, range, piece.memory};
+inline void BatchExecutor::plan_map(std::uint32_t i, const Operation& operation) noexcept {
+  if (!is_access(operation.access)) [[unlikely]]
+    return refuse(i, unknown_access());
+  if (operation.piece_count != 0) return plan_scattered_map(i, operation);
+  ResolvedPiece piece;
+  if (!resolve_piece(space_, operation.one_piece(), piece)) [[unlikely]]
+    return refuse(i, bad_piece(space_, operation.one_piece()));
+  if (map_op_count_ == map_ops_max) [[unlikely]]
+    flush();
+  IovaRange range;
+  if (!reserve(i, operation, operation.length, range)) [[unlikely]]
+    return;
+  put_map_op(ops_[maps_begin + map_op_count_], piece, range, operation.access);
+  enter_map(i, operation.access, range, piece, 1, 0);
 }
 
-Error BatchExecutor::plan_map(std::uint32_t i, const Operation& operation) noexcept {
-  if (operation.access == Access::none || !includes(Access::read_write, operation.access))
-    return make_error(Errc::invalid_argument, Stage::validate,
-                      "the access right is none or unknown; ask for read, write or both");
+void BatchExecutor::plan_scattered_map(std::uint32_t i, const Operation& operation) noexcept {
   if (operation.piece_count > pieces_max)
-    return fail(Errc::limit_reached, Stage::validate, 0, "a scatter list has {} pieces; at most {} are one unit",
-                operation.piece_count, pieces_max);
-  MemoryPiece single;
-  const std::span<const MemoryPiece> pieces = operation.piece_list(single);
+    return refuse(i, fail(Errc::limit_reached, Stage::validate, 0,
+                          "a scatter list has {} pieces; at most {} are one unit", operation.piece_count, pieces_max));
+  const std::span<const MemoryPiece> pieces{operation.pieces, operation.piece_count};
   const auto length = total_length(space_, pieces);
-  if (!length) return length.error();
-  if (map_ops_.size() + pieces.size() > map_ops_max) flush();
+  if (!length) return refuse(i, length.error());
+  if (map_op_count_ + pieces.size() > map_ops_max) flush();
+  IovaRange range;
+  if (!reserve(i, operation, *length, range)) return;
 
-  const auto range = reserve(operation, *length);
-  if (!range) return range.error();
-
-  const auto first_op = static_cast<std::uint32_t>(map_ops_.size());
   Error refused{};
-  std::uint32_t memory_index = 0;
-  std::uint64_t first_memory = 0;
-  Iova at = range->start;
+  ResolvedPiece first;
+  std::uint32_t op_count = 0;
+  Iova at = range.start;
   for (std::size_t p = 0; p < pieces.size(); ++p) {
-    const auto piece = resolve_piece(space_, pieces[p]);
-    if (!piece) {
-      refused = piece.error();
+    ResolvedPiece piece;
+    if (!resolve_piece(space_, pieces[p], piece)) {
+      refused = bad_piece(space_, pieces[p]);
       break;
     }
     if (p == 0) {
-      memory_index = piece->memory_index;
-      first_memory = piece->memory;
-    } else if (piece->memory_index != memory_index) {
+      first = piece;
+    } else if (piece.memory_index != first.memory_index) {
       refused = make_error(Errc::unsupported, Stage::validate,
                            "a scatter list mixes pieces of different registered memories; map them as separate units");
       break;
     }
     const IovaRange part{at, Iova{at.value + (pieces[p].length.value - 1)}};
-    if (p != 0) {
-      BackendOp& before = map_ops_.back();
-      if (before.memory + before.range.length().value == piece->memory) {
-        before.range.last = part.last;
-        at = Iova{part.last.value + 1};
-        continue;
-      }
-    }
-    map_ops_.push_back(map_op(*piece, part, operation.access));
+    BackendOp* const ops = &ops_[maps_begin + map_op_count_];
+    if (p != 0 && ops[op_count - 1].memory + ops[op_count - 1].range.length().value == piece.memory)
+      ops[op_count - 1].range.last = part.last;
+    else
+      put_map_op(ops[op_count++], piece, part, operation.access);
     at = Iova{part.last.value + 1};  // may wrap after the last piece; not used then
   }
   if (refused) {
-    map_ops_.resize(first_op);
-    release(*range);
-    return refused;
+    release(range);
+    return refuse(i, refused);
   }
-
-  MappingRecord record;
-  record.range = *range;
-  record.memory = first_memory;
-  record.region = memory_index;
-  record.access = operation.access;
-  record.state = MappingState::mapping;
-  record.flags = pieces.size() > 1 ? mapping_is_scattered : 0;
-  record.tag = static_cast<std::uint32_t>(maps_.size());
-  const auto entered = enter_mapping(record);
-  if (!entered) {
-    map_ops_.resize(first_op);
-    release(*range);
-    return entered.error();
-  }
-  if (memory_index != 0) ++space_.memories.at(memory_index - 1).mappings;
-  maps_.push_back({i, first_op, static_cast<std::uint32_t>(map_ops_.size()) - first_op, *entered});
-  verdicts_[i].iova = range->start;
-  verdicts_[i].bytes = *length;
-  verdicts_[i].mapping = space_.index.id_of(*entered);
-  return {};
+  enter_map(i, operation.access, range, first, op_count, pieces.size() > 1 ? mapping_is_scattered : 0);
 }
 
-// Chooses or claims the IOVA range of a map. A fixed range that an operation of this phase touches ends the phase, so
-// that what is checked is the outcome of everything before.
-Result<IovaRange> BatchExecutor::reserve(const Operation& operation, Bytes length) noexcept {
+// Enters a map whose IOVA is reserved and whose backend operations stand behind the phase's others.
+[[gnu::always_inline]] inline void BatchExecutor::enter_map(std::uint32_t i, Access access, IovaRange range,
+                                                            const ResolvedPiece& piece, std::uint32_t op_count,
+                                                            std::uint16_t flags) noexcept {
+  MappingRecord* record = space_.index.try_insert(range);
+  if (record == nullptr) [[unlikely]] {
+    record = enter_after_flush(range, op_count);
+    if (record == nullptr) {
+      release(range);
+      return refuse(i, cannot_enter(range));
+    }
+  }
+  record->memory = piece.memory;
+  record->region = piece.memory_index;
+  record->access = access;
+  record->state = MappingState::mapping;
+  record->flags = flags;
+  record->tag = map_count_;
+  if (piece.memory_index != 0) ++space_.memories.at(piece.memory_index - 1).mappings;
+  PendingMap& map = maps_[map_count_++];
+  map.operation = i;
+  map.first_op = map_op_count_;
+  map.op_count = op_count;
+  map.record = record;
+  map_op_count_ += op_count;
+  Completion& verdict = slice_.completion(i);
+  verdict.iova = range.start;
+  verdict.bytes = range.length();
+  verdict.mapping = space_.index.id_of(record);
+}
+
+// Chooses or claims the IOVA range of a map; false when it was refused.
+[[gnu::always_inline]] inline bool BatchExecutor::reserve(std::uint32_t i, const Operation& operation, Bytes length,
+                                                          IovaRange& range) noexcept {
   if (operation.placement == Placement::Kind::anywhere) {
-    if (!space_.allocator && space_.usable.empty()) return check_usable(space_, {operation.start, operation.start});
-    if (!space_.allocator)
-      return make_error(Errc::invalid_argument, Stage::reserve,
-                        "this address space's layout is the caller's: give the map a fixed placement");
-    iova::AllocateOptions options;
-    options.align = operation.align;
-    options.ceiling = operation.last;
-    return space_.allocator->allocate(length, options);
+    if (!space_.allocator) [[unlikely]]
+      return refuse(i, nowhere()), false;
+    const auto taken = space_.allocator->allocate(length, {operation.align, operation.last});
+    if (!taken) [[unlikely]]
+      return refuse(i, taken.error()), false;
+    range = *taken;
+    return true;
   }
-  const auto range = IovaRange::from_length(operation.start, length);
-  if (!range)
-    return fail(Errc::overflow, Stage::validate, 0, "{} bytes at IOVA {:#x} pass 2^64-1", length.value,
-                operation.start.value);
-  if (const Error bad = check_range(space_, *range)) return bad;
-  if (const Error bad = check_usable(space_, *range)) return bad;
-  if (phase_touches(*range)) flush();
+  range.start = operation.start;
+  range.last.value = operation.start.value + (length.value - 1);
+  if (range.last < range.start) [[unlikely]]
+    return refuse(i, fail(Errc::overflow, Stage::validate, 0, "{} bytes at IOVA {:#x} pass 2^64-1", length.value,
+                          operation.start.value)),
+           false;
+  if (!is_granular(space_, range)) [[unlikely]]
+    return refuse(i, bad_range(space_, range)), false;
+  if (!is_usable(space_, range)) [[unlikely]]
+    return refuse(i, not_usable(space_, range)), false;
   if (space_.allocator) {
-    if (const auto claimed = space_.allocator->claim(*range); !claimed) return claimed.error();
+    // What this phase unmaps there is free only after its flush.
+    if (phase_touches(range)) flush();
+    if (const auto claimed = space_.allocator->claim(range); !claimed) return refuse(i, claimed.error()), false;
   }
-  return *range;
+  return true;
 }
 
-Result<MappingRecord*> BatchExecutor::enter_mapping(const MappingRecord& record) noexcept {
-  const auto mapping = space_.index.insert(record);
-  if (mapping) [[likely]]
-    return space_.index.find(*mapping);
-  if (mapping.error().code != Errc::iova_busy) return mapping.error();
-  const MappingRecord* const other = space_.index.first_record(record.range);
-  if (other == nullptr || other->state != MappingState::quarantined) return mapping.error();
+Error BatchExecutor::nowhere() const noexcept {
+  if (space_.usable.empty()) return not_usable(space_, {});
+  return make_error(Errc::invalid_argument, Stage::reserve,
+                    "this address space's layout is the caller's: give the map a fixed placement");
+}
+
+// A range that an operation of this phase touches ends the phase, so that what counts is the outcome of everything
+// before. The map's backend operations move along.
+MappingRecord* BatchExecutor::enter_after_flush(IovaRange range, std::uint32_t op_count) noexcept {
+  if (!phase_touches(range)) return nullptr;
+  const std::uint32_t planned = map_op_count_;
+  flush();
+  std::copy_n(&ops_[maps_begin + planned], op_count, &ops_[maps_begin]);
+  return space_.index.try_insert(range);
+}
+
+Error BatchExecutor::cannot_enter(IovaRange range) const noexcept {
+  const MappingRecord* const other = space_.index.first_record(range);
+  if (other == nullptr || other->state != MappingState::quarantined) return space_.index.why_not(range);
   return fail(Errc::quarantined, Stage::reserve, 0,
               "[{:#x}, {:#x}] touches [{:#x}, {:#x}], which is out of use since the kernel failed to unmap it",
-              record.range.start.value, record.range.last.value, other->range.start.value, other->range.last.value);
+              range.start.value, range.last.value, other->range.start.value, other->range.last.value);
 }
 
 bool BatchExecutor::phase_touches(IovaRange range) noexcept {
-  if (maps_.empty() && unmaps_.empty()) return false;
+  if (map_count_ == 0 && unmap_count_ == 0) return false;
   for (MappingRecord* record = space_.index.first_record(range); record != nullptr && record->range.start <= range.last;
        record = MappingIndex::next_record(record))
     if (record->state == MappingState::mapping || record->state == MappingState::unmapping) return true;
   return false;
 }
 
-Error BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operation) noexcept {
-  IovaRange range = operation.range();
-  if (operation.memory != 0) {
-    const MappingRecord* const named = space_.index.find(MappingId{operation.memory});
-    if (named == nullptr || named->state == MappingState::unmapping)
-      return make_error(Errc::stale_handle, Stage::validate, "the mapping it names is gone");
-    range = named->range;
-    verdicts_[i].iova = range.start;
-  } else if (const Error bad = check_range(space_, range)) {
-    return bad;
-  }
+inline void BatchExecutor::add_unmap(std::uint32_t i, IovaRange span, Bytes bytes, MappingRecord* first,
+                                     MappingRecord* last, std::uint32_t mappings) noexcept {
+  if (unmap_count_ != 0 && span.start < unmaps_[unmap_count_ - 1].span.start) unmaps_sorted_ = false;
+  unmaps_[unmap_count_++] = {span, bytes, first, last, i, mappings};
+}
 
-  // First look, then touch: nothing is undone when the range turns out to cut a mapping.
+inline void BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operation) noexcept {
+  IovaRange range = operation.range();
+  MappingRecord* record = nullptr;
+  if (operation.memory != 0) {
+    record = space_.index.find(MappingId{operation.memory});
+    if (record == nullptr || record->state == MappingState::unmapping) [[unlikely]]
+      return refuse(i, make_error(Errc::stale_handle, Stage::validate, "the mapping it names is gone"));
+    range = record->range;
+    slice_.completion(i).iova = range.start;
+  } else {
+    if (!is_granular(space_, range)) [[unlikely]]
+      return refuse(i, bad_range(space_, range));
+    record = space_.index.exact(range);
+  }
+  if (record != nullptr && record->state == MappingState::live) [[likely]] {
+    record->state = MappingState::unmapping;
+    add_unmap(i, range, range.length(), record, record, 1);
+  } else {
+    plan_wide_unmap(i, range);
+  }
+}
+
+// Everything but one live mapping exactly. First look, then touch: nothing is undone when the range turns out to cut a
+// mapping.
+void BatchExecutor::plan_wide_unmap(std::uint32_t i, IovaRange range) noexcept {
   MappingRecord* record = space_.index.first_record(range);
   if (const Error refused = check_unmap(range, record)) {
-    if (refused.code != Errc::busy) return refused;
+    if (refused.code != Errc::busy) return refuse(i, refused);
     flush();  // something in the range is being unmapped already; look again when it is gone
     record = space_.index.first_record(range);
-    if (const Error still = check_unmap(range, record)) return still;
+    if (const Error still = check_unmap(range, record)) return refuse(i, still);
   }
 
-  PendingUnmap unmap{range, {}, nullptr, nullptr, i, 0};
+  PendingUnmap unmap{};
   std::uint64_t cancelled = 0;
   while (record != nullptr && record->range.start <= range.last) {
     MappingRecord* const following = MappingIndex::next_record(record);
@@ -251,15 +283,14 @@ Error BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operation) noe
     }
     record = following;
   }
-  verdicts_[i].bytes = Bytes{cancelled};
+  slice_.completion(i).bytes = Bytes{cancelled};
   if (unmap.mappings != 0) {
-    unmap.span = {unmap.first->range.start, unmap.last->range.last};
-    unmaps_.push_back(unmap);
-    return {};
+    add_unmap(i, {unmap.first->range.start, unmap.last->range.last}, unmap.bytes, unmap.first, unmap.last,
+              unmap.mappings);
+  } else if (cancelled == 0 && range != IovaRange::everything()) {
+    refuse(i, fail(Errc::not_found, Stage::validate, 0, "nothing is mapped in [{:#x}, {:#x}]", range.start.value,
+                   range.last.value));
   }
-  if (cancelled != 0 || range == IovaRange::everything()) return {};
-  return fail(Errc::not_found, Stage::validate, 0, "nothing is mapped in [{:#x}, {:#x}]", range.start.value,
-              range.last.value);
 }
 
 // Whether the range cuts nothing and holds nothing that must not be touched; Errc::busy (without a text, and never
@@ -283,65 +314,9 @@ Error BatchExecutor::check_unmap(IovaRange range, MappingRecord* first) noexcept
 // A map of this phase that its unmap overtook: the device can never have used it, so the backend never hears of it.
 void BatchExecutor::cancel(MappingRecord* record) noexcept {
   maps_[record->tag].op_count = 0;
+  maps_cancelled_ = true;
   ++space_.stats.cancelled_pairs;
   retire(record);
-}
-
-Error BatchExecutor::replace(std::uint32_t i, const Operation& operation) noexcept {
-  flush();
-  const IovaRange range = operation.range();
-  if (const Error bad = check_range(space_, range)) return bad;
-  if (operation.access == Access::none || !includes(Access::read_write, operation.access))
-    return make_error(Errc::invalid_argument, Stage::validate,
-                      "the access right is none or unknown; ask for read, write or both");
-  MappingRecord* const record = space_.index.first_record(range);
-  if (record == nullptr || record->range != range || record->state != MappingState::live)
-    return fail(Errc::not_found, Stage::validate, 0, "no mapping is exactly [{:#x}, {:#x}]", range.start.value,
-                range.last.value);
-  if ((record->flags & mapping_is_scattered) != 0)
-    return make_error(Errc::unsupported, Stage::validate, "a scatter list cannot be replaced; unmap it and map anew");
-  const MemoryPiece wanted{MemoryId{operation.memory}, operation.offset, operation.length};
-  const auto length = total_length(space_, {&wanted, 1});
-  if (!length) return length.error();
-  if (*length != range.length())
-    return fail(Errc::invalid_argument, Stage::validate, 0, "the new memory has {} bytes, the mapping {}",
-                length->value, range.length().value);
-  const auto piece = resolve_piece(space_, wanted);
-  if (!piece) return piece.error();
-
-  const BackendOp new_op = map_op(*piece, range, operation.access);
-  if (has(space_.backend->facts().capabilities, backends::Capability::replace_in_place)) {
-    BackendOp op = new_op;
-    op.kind = OpKind::replace;
-    if (const auto result = execute_one(op); result.error) return result.error;
-  } else {
-    const auto removed = execute_one({OpKind::unmap, Access::none, {}, range, 0});
-    if (removed.error) {
-      quarantine(*record);
-      return removed.error;
-    }
-    if (const auto result = execute_one(new_op); result.error) {
-      const std::uint32_t old_index = record->region;
-      const backends::RegionId old_region =
-          old_index != 0 ? space_.memories.at(old_index - 1).region : backends::RegionId{};
-      const auto restored = execute_one(map_op({old_region, record->memory, old_index}, range, record->access));
-      if (!restored.error) return result.error;
-      retire(record);
-      return fail(result.error.code, Stage::map, result.error.os_errno,
-                  "{}; mapping the old memory again failed too ({}), so [{:#x}, {:#x}] is unmapped now",
-                  result.error.detail(), restored.error.detail(), range.start.value, range.last.value);
-    }
-  }
-  if (piece->memory_index != record->region) {
-    if (piece->memory_index != 0) ++space_.memories.at(piece->memory_index - 1).mappings;
-    drop_memory(record->region);
-  }
-  record->region = piece->memory_index;
-  record->memory = piece->memory;
-  record->access = operation.access;
-  verdicts_[i].bytes = *length;
-  verdicts_[i].mapping = space_.index.id_of(record);
-  return {};
 }
 
 }  // namespace iovane::engine

@@ -13,9 +13,9 @@
 // registered.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "engine/operation.hpp"
 #include "engine/queue_core.hpp"
@@ -30,8 +30,7 @@ inline constexpr std::uint32_t pieces_max = 256;            ///< pieces of one s
 /// Used by the lane's holder only.
 class BatchExecutor {
  public:
-  /// Allocates its scratch space; throws std::bad_alloc.
-  explicit BatchExecutor(SpaceState& space);
+  explicit BatchExecutor(SpaceState& space) noexcept : space_{space} {}
 
   /// Executes everything the queue has published, slice by slice, delivering each slice's completions.
   void run(QueueCore& queue) noexcept;
@@ -43,8 +42,8 @@ class BatchExecutor {
  private:
   /// A map of the current phase.
   struct PendingMap {
-    std::uint32_t operation;  // index into the slice; its completion is in verdicts_
-    std::uint32_t first_op;   // its backend operations in map_ops_
+    std::uint32_t operation;  // index into the slice
+    std::uint32_t first_op;   // its backend operations, counted from maps_begin
     std::uint32_t op_count;   // 0: cancelled by an unmap
     MappingRecord* record;
   };
@@ -57,50 +56,77 @@ class BatchExecutor {
     std::uint32_t operation;
     std::uint32_t mappings;
   };
-  struct OperationSource {
-    const QueueCore* queue;
-    std::uint64_t first;
-    const Operation* single;
-    const Operation& operator[](std::uint32_t i) const noexcept {
-      return queue != nullptr ? queue->operation(first + i) : *single;
-    }
-  };
+  static constexpr std::uint32_t map_ops_max = slice_operations_max + pieces_max;
+  /// Where the maps' backend operations begin in ops_; the unmaps' end there.
+  static constexpr std::uint32_t maps_begin = slice_operations_max;
 
-  void run_slice(const OperationSource& operations, std::uint32_t count, bool& link_broken) noexcept;
+  void run_slice(const Slice& slice, std::uint32_t count, bool& link_broken) noexcept;
+  /// Completes operation `i` with an error, unless it has one.
+  [[gnu::noinline]] void refuse(std::uint32_t i, const Error& error) noexcept;
+  Error not_begun() const noexcept;
   void plan(std::uint32_t i, const Operation& operation) noexcept;
-  Error plan_map(std::uint32_t i, const Operation& operation) noexcept;
-  Error plan_unmap(std::uint32_t i, const Operation& operation) noexcept;
+  void plan_map(std::uint32_t i, const Operation& operation) noexcept;
+  void plan_scattered_map(std::uint32_t i, const Operation& operation) noexcept;
+  void plan_unmap(std::uint32_t i, const Operation& operation) noexcept;
+  void plan_wide_unmap(std::uint32_t i, IovaRange range) noexcept;
   Error check_unmap(IovaRange range, MappingRecord* first) noexcept;
-  Error replace(std::uint32_t i, const Operation& operation) noexcept;
+  void replace(std::uint32_t i, const Operation& operation) noexcept;
+  Error try_replace(std::uint32_t i, const Operation& operation) noexcept;
 
-  Result<IovaRange> reserve(const Operation& operation, Bytes length) noexcept;
-  Result<MappingRecord*> enter_mapping(const MappingRecord& record) noexcept;
+  bool reserve(std::uint32_t i, const Operation& operation, Bytes length, IovaRange& range) noexcept;
+  Error nowhere() const noexcept;
+  void enter_map(std::uint32_t i, Access access, IovaRange range, const ResolvedPiece& piece, std::uint32_t op_count,
+                 std::uint16_t flags) noexcept;
+  MappingRecord* enter_after_flush(IovaRange range, std::uint32_t op_count) noexcept;
+  Error cannot_enter(IovaRange range) const noexcept;
+  void add_unmap(std::uint32_t i, IovaRange span, Bytes bytes, MappingRecord* first, MappingRecord* last,
+                 std::uint32_t mappings) noexcept;
   bool phase_touches(IovaRange range) noexcept;
   void cancel(MappingRecord* record) noexcept;
 
   void flush() noexcept;
   std::uint32_t merge_unmaps() noexcept;
+  void drop_cancelled_maps() noexcept;
   void finish_unmaps(std::uint32_t groups) noexcept;
   void finish_unmap(PendingUnmap& unmap, const Error& error) noexcept;
   void retry_one_by_one(PendingUnmap& unmap) noexcept;
-  void finish_maps(std::span<const backends::BackendOpResult> results) noexcept;
-  void undo_map(const PendingMap& map, std::span<const backends::BackendOpResult> results) noexcept;
+  void finish_maps() noexcept;
+  void fail_map(const PendingMap& map, std::span<const backends::BackendOpResult> results) noexcept;
   backends::BackendOpResult execute_one(const backends::BackendOp& op) noexcept;
 
   void retire(MappingRecord* record) noexcept;
   void quarantine(MappingRecord& record) noexcept;
   void release(IovaRange range) noexcept;
   void drop_memory(std::uint32_t memory_index) noexcept;
-  backends::BackendOp map_op(const ResolvedPiece& piece, IovaRange range, Access access) const noexcept;
+  void put_map_op(backends::BackendOp& op, const ResolvedPiece& piece, IovaRange range, Access access) const noexcept {
+    const bool copy = piece.region.value != 0 && space_.map_by_copy;
+    op.kind = copy ? backends::OpKind::copy : backends::OpKind::map;
+    op.access = access;
+    op.region = piece.region;
+    op.range = range;
+    op.memory = piece.memory;
+  }
+  backends::BackendOp map_op(const ResolvedPiece& piece, IovaRange range, Access access) const noexcept {
+    backends::BackendOp op;
+    put_map_op(op, piece, range, access);
+    return op;
+  }
 
   SpaceState& space_;
-  std::vector<Completion> verdicts_;
-  std::vector<PendingMap> maps_;
-  std::vector<PendingUnmap> unmaps_;
-  std::vector<backends::BackendOp> map_ops_;
-  std::vector<backends::BackendOp> ops_;  // what goes to the backend: merged unmaps, then maps
-  std::vector<backends::BackendOpResult> results_;
-  std::vector<std::uint32_t> group_sizes_;  // how many of unmaps_ each merged unmap stands for
+  Slice slice_{};
+  std::array<std::uint32_t, operation_kinds> succeeded_{};  // of this slice, by OperationKind
+  // The phase so far.
+  std::uint32_t map_count_ = 0;
+  std::uint32_t map_op_count_ = 0;
+  std::uint32_t unmap_count_ = 0;
+  bool unmaps_sorted_ = true;    // by address
+  bool maps_cancelled_ = false;  // some of maps_ have no operation any more
+  std::array<PendingMap, slice_operations_max> maps_;
+  std::array<PendingUnmap, slice_operations_max> unmaps_;
+  std::array<std::uint32_t, slice_operations_max> group_sizes_;  // how many of unmaps_ each merged unmap stands for
+  // What goes to the backend: merged unmaps up to maps_begin, maps from there on.
+  std::array<backends::BackendOp, maps_begin + map_ops_max> ops_;
+  std::array<backends::BackendOpResult, maps_begin + map_ops_max> results_;
 };
 
 }  // namespace iovane::engine

@@ -11,55 +11,82 @@ using backends::BackendOpResult;
 using backends::OpKind;
 using base::fail;
 
-void BatchExecutor::flush() noexcept {
-  if (maps_.empty() && unmaps_.empty()) return;
-  ops_.clear();
-  const std::uint32_t groups = merge_unmaps();
-  for (const PendingMap& map : maps_)
-    for (std::uint32_t n = 0; n < map.op_count; ++n) ops_.push_back(map_ops_[map.first_op + n]);
-  if (!ops_.empty()) {
-    space_.stats.backend_ops += ops_.size();
-    space_.backend->execute(ops_, {results_.data(), ops_.size()});
-  }
-  // Maps first: undoing one and retrying unmaps use ops_-independent calls, but read results_, which they leave alone.
-  finish_maps({results_.data() + groups, ops_.size() - groups});
-  finish_unmaps(groups);
-  maps_.clear();
-  unmaps_.clear();
-  map_ops_.clear();
+namespace {
+
+[[gnu::cold, gnu::noinline]] Error wrong_count(IovaRange range, Bytes removed, Bytes expected) noexcept {
+  return fail(Errc::io_error, Stage::unmap, 0, "the kernel removed {} bytes of [{:#x}, {:#x}] where {} were mapped",
+              removed.value, range.start.value, range.last.value, expected.value);
 }
 
-// Sorts the phase's unmaps and joins neighbours with nothing mapped in between; fills ops_ and group_sizes_.
+}  // namespace
+
+void BatchExecutor::flush() noexcept {
+  if (map_count_ + unmap_count_ == 0) return;
+  if (maps_cancelled_) drop_cancelled_maps();
+  const std::uint32_t groups = merge_unmaps();
+  const std::uint32_t count = groups + map_op_count_;
+  if (count != 0) {
+    space_.stats.backend_ops += count;
+    space_.backend->execute({&ops_[maps_begin - groups], count}, {&results_[maps_begin - groups], count});
+  }
+  // Undoing a map and retrying unmaps execute operations of their own and leave ops_ and results_ alone.
+  finish_maps();
+  finish_unmaps(groups);
+  map_count_ = map_op_count_ = unmap_count_ = 0;
+  unmaps_sorted_ = true;
+  maps_cancelled_ = false;
+}
+
+// Closes the gaps that cancelled maps left in ops_.
+void BatchExecutor::drop_cancelled_maps() noexcept {
+  std::uint32_t kept = 0;
+  for (std::uint32_t m = 0; m < map_count_; ++m) {
+    PendingMap& map = maps_[m];
+    for (std::uint32_t n = 0; n < map.op_count; ++n) ops_[maps_begin + kept + n] = ops_[maps_begin + map.first_op + n];
+    map.first_op = kept;
+    kept += map.op_count;
+  }
+  map_op_count_ = kept;
+}
+
+// Sorts the phase's unmaps and joins neighbours with nothing mapped in between; fills ops_ up to maps_begin, and
+// group_sizes_, and says how many there are.
 std::uint32_t BatchExecutor::merge_unmaps() noexcept {
-  group_sizes_.clear();
-  const auto by_start = [](const PendingUnmap& a, const PendingUnmap& b) { return a.span.start < b.span.start; };
-  if (!std::is_sorted(unmaps_.begin(), unmaps_.end(), by_start)) std::sort(unmaps_.begin(), unmaps_.end(), by_start);
-  MappingRecord* last = nullptr;
-  for (const PendingUnmap& unmap : unmaps_) {
-    if (last != nullptr) {
-      // The next mapping that the backend knows of after the group: maps of this phase are not there yet.
-      MappingRecord* following = MappingIndex::next_record(last);
+  if (unmap_count_ == 0) return 0;
+  const std::span<PendingUnmap> unmaps{unmaps_.data(), unmap_count_};
+  if (!unmaps_sorted_)
+    std::sort(unmaps.begin(), unmaps.end(),
+              [](const PendingUnmap& a, const PendingUnmap& b) { return a.span.start < b.span.start; });
+  // From the highest down, so that the operations end at maps_begin whatever their number.
+  std::uint32_t groups = 0;
+  const MappingRecord* above = nullptr;  // the first mapping of the group so far
+  for (std::size_t u = unmaps.size(); u-- != 0;) {
+    const PendingUnmap& unmap = unmaps[u];
+    if (above != nullptr) {
+      // The next mapping that the backend knows of: maps of this phase are not there yet.
+      MappingRecord* following = MappingIndex::next_record(unmap.last);
       while (following != nullptr && following->state == MappingState::mapping)
         following = MappingIndex::next_record(following);
-      if (following == unmap.first) {
-        ops_.back().range.last = unmap.span.last;
-        ++group_sizes_.back();
+      if (following == above) {
+        ops_[maps_begin - groups].range.start = unmap.span.start;
+        ++group_sizes_[groups - 1];
         ++space_.stats.merged_unmaps;
-        last = unmap.last;
+        above = unmap.first;
         continue;
       }
     }
-    ops_.push_back({OpKind::unmap, Access::none, {}, unmap.span, 0});
-    group_sizes_.push_back(1);
-    last = unmap.last;
+    group_sizes_[groups++] = 1;
+    ops_[maps_begin - groups] = {OpKind::unmap, Access::none, {}, unmap.span, 0};
+    above = unmap.first;
   }
-  return static_cast<std::uint32_t>(group_sizes_.size());
+  return groups;
 }
 
 void BatchExecutor::finish_unmaps(std::uint32_t groups) noexcept {
-  std::size_t next = 0;
-  for (std::uint32_t g = 0; g < groups; ++g) {
-    const std::span<PendingUnmap> members{unmaps_.data() + next, group_sizes_[g]};
+  PendingUnmap* next = unmaps_.data();
+  for (std::uint32_t g = groups; g-- != 0;) {  // group_sizes_ counts from the highest
+    const BackendOpResult& result = results_[maps_begin - 1 - g];
+    const std::span<PendingUnmap> members{next, group_sizes_[g]};
     next += members.size();
     std::uint64_t expected = 0;
     std::uint64_t mappings = 0;
@@ -67,23 +94,24 @@ void BatchExecutor::finish_unmaps(std::uint32_t groups) noexcept {
       expected += unmap.bytes.value;
       mappings += unmap.mappings;
     }
-    Error error = results_[g].error;
-    if (!error && results_[g].bytes.value != expected)
-      error =
-          fail(Errc::io_error, Stage::unmap, 0, "the kernel removed {} bytes of [{:#x}, {:#x}] where {} were mapped",
-               results_[g].bytes.value, ops_[g].range.start.value, ops_[g].range.last.value, expected);
+    Error error = result.error;
+    if (!error && result.bytes.value != expected) [[unlikely]]
+      error = wrong_count(ops_[maps_begin - 1 - g].range, result.bytes, Bytes{expected});
     for (PendingUnmap& unmap : members) {
-      if (error && mappings > 1)
+      if (!error && unmap.mappings == 1) [[likely]] {
+        slice_.completion(unmap.operation).bytes.value += unmap.bytes.value;
+        retire(unmap.first);
+      } else if (error && mappings > 1) {
         retry_one_by_one(unmap);
-      else
+      } else {
         finish_unmap(unmap, error);
+      }
     }
   }
 }
 
 // Every mapping of the unmap shares one verdict: all gone, or (a single mapping whose own unmap failed) quarantined.
 void BatchExecutor::finish_unmap(PendingUnmap& unmap, const Error& error) noexcept {
-  Completion& verdict = verdicts_[unmap.operation];
   MappingRecord* record = unmap.first;
   for (std::uint32_t left = unmap.mappings; left != 0;) {
     MappingRecord* const following = left > 1 ? MappingIndex::next_record(record) : nullptr;
@@ -97,13 +125,13 @@ void BatchExecutor::finish_unmap(PendingUnmap& unmap, const Error& error) noexce
     record = following;
   }
   if (error)
-    verdict.error = error;
+    refuse(unmap.operation, error);
   else
-    verdict.bytes.value += unmap.bytes.value;
+    slice_.completion(unmap.operation).bytes.value += unmap.bytes.value;
 }
 
 void BatchExecutor::retry_one_by_one(PendingUnmap& unmap) noexcept {
-  Completion& verdict = verdicts_[unmap.operation];
+  Completion& verdict = slice_.completion(unmap.operation);
   MappingRecord* record = unmap.first;
   for (std::uint32_t left = unmap.mappings; left != 0;) {
     MappingRecord* const following = left > 1 ? MappingIndex::next_record(record) : nullptr;
@@ -117,7 +145,7 @@ void BatchExecutor::retry_one_by_one(PendingUnmap& unmap) noexcept {
         verdict.bytes.value += length;
         retire(record);
       } else {
-        if (!verdict.error) verdict.error = result.error;
+        refuse(unmap.operation, result.error);
         quarantine(*record);
       }
     }
@@ -125,34 +153,33 @@ void BatchExecutor::retry_one_by_one(PendingUnmap& unmap) noexcept {
   }
 }
 
-void BatchExecutor::finish_maps(std::span<const BackendOpResult> results) noexcept {
-  std::size_t next = 0;
-  for (const PendingMap& map : maps_) {
-    const auto own = results.subspan(next, map.op_count);
-    next += map.op_count;
-    if (map.op_count == 0) {  // cancelled: complete, and gone again
-      verdicts_[map.operation].mapping = {};
-      continue;
-    }
-    const auto failed = std::find_if(own.begin(), own.end(), [](const auto& r) { return !r.error.ok(); });
-    if (failed == own.end()) {
+void BatchExecutor::finish_maps() noexcept {
+  for (std::uint32_t m = 0; m < map_count_; ++m) {
+    const PendingMap& map = maps_[m];
+    const std::span<const BackendOpResult> own{&results_[maps_begin + map.first_op], map.op_count};
+    if (own.size() == 1 && own[0].error.ok()) [[likely]]
       map.record->state = MappingState::live;
-      continue;
-    }
-    Completion& verdict = verdicts_[map.operation];
-    verdict.error = failed->error;
-    verdict.bytes = {};
-    verdict.mapping = {};
-    undo_map(map, own);
+    else if (own.empty())  // cancelled: complete, and gone again
+      slice_.completion(map.operation).mapping = {};
+    else if (std::all_of(own.begin(), own.end(), [](const auto& r) { return r.error.ok(); }))
+      map.record->state = MappingState::live;
+    else
+      fail_map(map, own);
   }
 }
 
-// Some pieces of a scatter list are mapped, others failed: takes the mapped ones out again.
-void BatchExecutor::undo_map(const PendingMap& map, std::span<const BackendOpResult> results) noexcept {
+// Completes a failed map. Where some pieces of a scatter list are mapped and others failed, takes the mapped ones out.
+void BatchExecutor::fail_map(const PendingMap& map, std::span<const BackendOpResult> results) noexcept {
+  Completion& verdict = slice_.completion(map.operation);
+  verdict.bytes = {};
+  verdict.mapping = {};
   bool all_gone = true;
   for (std::uint32_t n = 0; n < map.op_count; ++n) {
-    if (results[n].error) continue;
-    const IovaRange range = map_ops_[map.first_op + n].range;
+    if (results[n].error) {
+      refuse(map.operation, results[n].error);
+      continue;
+    }
+    const IovaRange range = ops_[maps_begin + map.first_op + n].range;
     if (execute_one({OpKind::unmap, Access::none, {}, range, 0}).error) all_gone = false;
   }
   if (all_gone)

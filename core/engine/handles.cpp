@@ -149,9 +149,9 @@ Queue::Queue(Queue&&) noexcept = default;
 Queue& Queue::operator=(Queue&&) noexcept = default;
 Queue::~Queue() = default;
 
-bool Queue::stage(const MapRequest& request) noexcept { return core_->stage(Operation{request}); }
-bool Queue::stage(const UnmapRequest& request) noexcept { return core_->stage(Operation{request}); }
-bool Queue::stage(const ReplaceRequest& request) noexcept { return core_->stage(Operation{request}); }
+bool Queue::stage(const MapRequest& request) noexcept { return core_->stage(request); }
+bool Queue::stage(const UnmapRequest& request) noexcept { return core_->stage(request); }
+bool Queue::stage(const ReplaceRequest& request) noexcept { return core_->stage(request); }
 bool Queue::stage_fence(std::uint64_t user_data) noexcept {
   Operation fence;
   fence.user_data = user_data;

@@ -146,6 +146,14 @@ MappingId MappingIndex::covering(Iova iova) const noexcept {
   return below != nullptr && below->record.range.contains(iova) ? id_of(below) : MappingId{};
 }
 
+MappingRecord* MappingIndex::exact(IovaRange range) noexcept {
+  const std::uint64_t key = range.start.value;
+  const Ref at = radix::follow(finger_ && radix::covers(finger_, key) ? finger_ : root_, key);
+  if (!at) return nullptr;
+  MappingRecord& record = at.entry<Entry>()->record;
+  return record.range == range ? &record : nullptr;
+}
+
 MappingId MappingIndex::first_in(IovaRange range) const noexcept { return id_of(first_entry(range)); }
 
 MappingId MappingIndex::next(MappingId id) const noexcept {
@@ -162,31 +170,46 @@ Bytes MappingIndex::bytes() const noexcept {
 // --- Changing --------------------------------------------------------------------------------------------------------
 
 Result<MappingId> MappingIndex::insert(const MappingRecord& record) noexcept {
-  const IovaRange range = record.range;
+  MappingRecord* const inserted = try_insert(record.range);
+  if (inserted == nullptr) return why_not(record.range);
+  *inserted = record;
+  return id_of(inserted);
+}
+
+MappingRecord* MappingIndex::try_insert(IovaRange range) noexcept {
   if (!range.well_formed()) [[unlikely]]
-    return ends_before_it_starts(range);
+    return nullptr;
   const std::uint64_t key = range.start.value;
   const Place place = locate(key);
   Entry* const below = floor_at(place, key);
   Entry* const above = below != nullptr ? below->next : head_;
   if (below != nullptr && below->record.range.last.value >= key) [[unlikely]]
-    return in_the_way(range, below->record);
+    return nullptr;
   if (above != nullptr && above->record.range.start <= range.last) [[unlikely]]
-    return in_the_way(range, above->record);
+    return nullptr;
   if (size_ == entries_.entries_max()) [[unlikely]]
-    return full(size_);
-  Entry* const entry = entries_.acquire(record, below, above);
+    return nullptr;
+  Entry* const entry = entries_.acquire();
   if (entry == nullptr) [[unlikely]]
-    return no_memory(size_);
+    return nullptr;
   if (!hang(place, key, entry)) [[unlikely]] {
     entries_.release(entry);
-    return no_memory(size_);
+    return nullptr;
   }
+  entry->record.range = range;
+  entry->prev = below;
+  entry->next = above;
   (below != nullptr ? below->next : head_) = entry;
   if (above != nullptr) above->prev = entry;
   ++size_;
   bytes_ += range.span() + 1;
-  return MappingId{entries_.handle_of(entry)};
+  return &entry->record;
+}
+
+Error MappingIndex::why_not(IovaRange range) const noexcept {
+  if (!range.well_formed()) return ends_before_it_starts(range);
+  if (const Entry* const other = first_entry(range)) return in_the_way(range, other->record);
+  return size_ == entries_.entries_max() ? full(size_) : no_memory(size_);
 }
 
 bool MappingIndex::erase(MappingId id) noexcept {

@@ -73,6 +73,10 @@ class MappingIndex {
   /// Adds a record. Errors, which change nothing: invalid_argument (start > last), iova_busy (the detail names the
   /// range in the way and its state), limit_reached, out_of_memory.
   Result<MappingId> insert(const MappingRecord& record) noexcept;
+  /// The same for a holder of the lane that may have a remedy and fills the record in place: a record of this range, or
+  /// nullptr and nothing changed, at no cost for a text. why_not() then says what insert() would have said.
+  MappingRecord* try_insert(IovaRange range) noexcept;
+  Error why_not(IovaRange range) const noexcept;
   /// The named record, nullptr when it is gone; valid until it is erased.
   MappingRecord* find(MappingId id) noexcept;
   const MappingRecord* find(MappingId id) const noexcept;
@@ -91,6 +95,8 @@ class MappingIndex {
     Entry* const entry = const_cast<Entry*>(first_entry(range));
     return entry != nullptr ? &entry->record : nullptr;
   }
+  /// The record of exactly this range, or nullptr.
+  MappingRecord* exact(IovaRange range) noexcept;
   static MappingRecord* next_record(MappingRecord* record) noexcept {
     Entry* const next = entry_of(record)->next;
     return next != nullptr ? &next->record : nullptr;

@@ -33,12 +33,11 @@ Result<MemoryId> MemoryTable::add(backends::RegionId region, Bytes length) noexc
 }
 
 Result<std::uint32_t> MemoryTable::find(MemoryId memory) const noexcept {
-  const auto slot = static_cast<std::uint32_t>(memory.value);
-  if (slot == 0 || slot > entries_.size() || !entries_[slot - 1].used ||
-      entries_[slot - 1].generation != static_cast<std::uint32_t>(memory.value >> 32))
+  const std::uint32_t index = index_of(memory);
+  if (index == none)
     return make_error(Errc::stale_handle, Stage::validate,
                       "the registered memory it names is gone, or belongs to another address space");
-  return slot - 1;
+  return index;
 }
 
 void MemoryTable::forget(std::uint32_t index) noexcept {

@@ -30,6 +30,14 @@ class MemoryTable {
   Result<MemoryId> add(backends::RegionId region, Bytes length) noexcept;
   /// The entry's index, or stale_handle.
   Result<std::uint32_t> find(MemoryId memory) const noexcept;
+  /// The same without a text: the index, or none.
+  std::uint32_t index_of(MemoryId memory) const noexcept {
+    const std::uint32_t index = static_cast<std::uint32_t>(memory.value) - 1;  // slot 0 wraps to none
+    if (index >= entries_.size()) return none;
+    const Entry& entry = entries_[index];
+    return entry.used && entry.generation == static_cast<std::uint32_t>(memory.value >> 32) ? index : none;
+  }
+  static constexpr std::uint32_t none = ~std::uint32_t{0};
   Entry& at(std::uint32_t index) noexcept { return entries_[index]; }
   const Entry& at(std::uint32_t index) const noexcept { return entries_[index]; }
   MemoryId id_of(std::uint32_t index) const noexcept {

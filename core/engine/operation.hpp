@@ -9,6 +9,7 @@
 namespace iovane::engine {
 
 enum class OperationKind : std::uint8_t { map, unmap, replace, fence };
+inline constexpr std::size_t operation_kinds = 4;
 
 /// The flat form of a MapRequest, UnmapRequest, ReplaceRequest or fence. Which member means what depends on the kind.
 struct Operation {
@@ -65,13 +66,20 @@ struct Operation {
         length{r.memory.length} {}
 
   IovaRange range() const noexcept { return {start, last}; }
-  /// The pieces of a map, as a list also when there is only one (`single` is its storage).
-  std::span<const MemoryPiece> piece_list(MemoryPiece& single) const noexcept {
-    if (piece_count != 0) return {pieces, piece_count};
-    single = MemoryPiece{MemoryId{memory}, offset, length};
-    return {&single, 1};
-  }
+  /// The memory, when it is one piece.
+  MemoryPiece one_piece() const noexcept { return {MemoryId{memory}, offset, length}; }
 };
 static_assert(sizeof(Operation) == 64);
+
+/// Where a slice's operations lie and where their completions go: the rings of a queue, or one of each (mask 0).
+struct Slice {
+  const Operation* operations;
+  Completion* completions;
+  std::uint64_t first;
+  std::uint64_t mask;
+
+  const Operation& operation(std::uint32_t i) const noexcept { return operations[(first + i) & mask]; }
+  Completion& completion(std::uint32_t i) const noexcept { return completions[(first + i) & mask]; }
+};
 
 }  // namespace iovane::engine

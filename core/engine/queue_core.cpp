@@ -40,7 +40,16 @@ std::size_t QueueCore::poll(std::span<Completion> out) noexcept {
     completed_seen_ = completed_.load(std::memory_order_acquire);
   }
   const std::size_t count = std::min<std::size_t>(out.size(), completed_seen_ - taken_);
-  for (std::size_t i = 0; i < count; ++i) out[i] = completions_[taken_++ & mask_];
+  for (std::size_t i = 0; i < count; ++i) {
+    // Member by member, as it was written, perhaps just now: see stage().
+    const Completion& from = completions_[taken_++ & mask_];
+    Completion& to = out[i];
+    to.user_data = from.user_data;
+    to.error = from.error;
+    to.iova = from.iova;
+    to.bytes = from.bytes;
+    to.mapping = from.mapping;
+  }
   return count;
 }
 
@@ -76,9 +85,8 @@ std::size_t QueueCore::wait(std::span<Completion> out, std::size_t count_min,
 
 void QueueCore::run() noexcept { space_->executor().run(*this); }
 
-void QueueCore::deliver() noexcept {
-  // relaxed: only lane holders store it, and the lane orders them.
-  if (completed_.load(std::memory_order_relaxed) == executed_) return;
+void QueueCore::deliver(std::uint32_t count) noexcept {
+  executed_ += count;
   // R.complete - pairs with A.complete; sequentially consistent for the sake of sleeping_, see wait().
   completed_.store(executed_, std::memory_order_seq_cst);
   if (sleeping_.load(std::memory_order_seq_cst)) {

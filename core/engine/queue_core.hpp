@@ -38,9 +38,11 @@ class QueueCore final : public LaneNode {
   ~QueueCore();
 
   // --- The owner's side.
-  bool stage(const Operation& operation) noexcept {
+  /// Makes the operation in its place: what was written in pieces a moment ago is slow to copy as a whole.
+  template <typename Request>
+  bool stage(const Request& request) noexcept {
     if (staged_ - taken_ == depth_) return false;
-    operations_[staged_++ & mask_] = operation;
+    std::construct_at(&operations_[staged_++ & mask_], request);
     return true;
   }
   void submit() noexcept;
@@ -61,10 +63,10 @@ class QueueCore final : public LaneNode {
     return published_.load(std::memory_order_acquire);
   }
   std::uint64_t executed() const noexcept { return executed_; }
-  const Operation& operation(std::uint64_t index) const noexcept { return operations_[index & mask_]; }
-  /// Stages the completion of the next operation; deliver() shows them to the owner.
-  void complete(const Completion& completion) noexcept { completions_[executed_++ & mask_] = completion; }
-  void deliver() noexcept;
+  /// The operations from executed() on, and the places of their completions: these are the holder's until deliver().
+  Slice next_slice() noexcept { return {operations_.data(), completions_.data(), executed_, mask_}; }
+  /// Shows the completions of the next `count` operations to the owner.
+  void deliver(std::uint32_t count) noexcept;
   /// True when an operation that was linked to the next one failed; lives as long as the queue, so a chain may span
   /// batches.
   bool link_broken = false;

@@ -9,27 +9,26 @@ namespace iovane::engine {
 
 using base::fail;
 
-Result<ResolvedPiece> resolve_piece(const SpaceState& space, const MemoryPiece& piece) noexcept {
+Error unknown_access() noexcept {
+  return make_error(Errc::invalid_argument, Stage::validate,
+                    "the access right is none or unknown; ask for read, write or both");
+}
+
+Error bad_piece(const SpaceState& space, const MemoryPiece& piece) noexcept {
   const std::uint64_t granule = space.granule.value;
+  if (const auto length = total_length(space, {&piece, 1}); !length) return length.error();
   if (!base::is_aligned(piece.offset, granule))
     return fail(Errc::invalid_argument, Stage::validate, 0, "memory at {:#x} is not aligned to the granule of {} bytes",
                 piece.offset, granule);
-  const auto last = base::checked_add(piece.offset, piece.length.value - 1);
-  if (!last)
+  if (!base::checked_add(piece.offset, piece.length.value - 1))
     return fail(Errc::overflow, Stage::validate, 0, "memory at {:#x} with {} bytes passes 2^64-1", piece.offset,
                 piece.length.value);
-  if (!piece.memory) {
-    if (piece.offset == 0) return make_error(Errc::bad_memory, Stage::validate, "the memory's address is null");
-    return ResolvedPiece{{}, piece.offset, 0};
-  }
+  if (!piece.memory) return make_error(Errc::bad_memory, Stage::validate, "the memory's address is null");
   const auto index = space.memories.find(piece.memory);
   if (!index) return index.error();
-  const MemoryTable::Entry& entry = space.memories.at(*index);
-  if (*last >= entry.length.value)
-    return fail(Errc::invalid_argument, Stage::validate, 0,
-                "offset {:#x} with {} bytes lies beyond the registered memory, which has {} bytes", piece.offset,
-                piece.length.value, entry.length.value);
-  return ResolvedPiece{entry.region, piece.offset, *index + 1};
+  return fail(Errc::invalid_argument, Stage::validate, 0,
+              "offset {:#x} with {} bytes lies beyond the registered memory, which has {} bytes", piece.offset,
+              piece.length.value, space.memories.at(*index).length.value);
 }
 
 Result<Bytes> total_length(const SpaceState& space, std::span<const MemoryPiece> pieces) noexcept {
@@ -49,27 +48,23 @@ Result<Bytes> total_length(const SpaceState& space, std::span<const MemoryPiece>
   return Bytes{total};
 }
 
-Error check_range(const SpaceState& space, IovaRange range) noexcept {
+Error bad_range(const SpaceState& space, IovaRange range) noexcept {
   const std::uint64_t granule = space.granule.value;
   if (!range.well_formed())
     return fail(Errc::invalid_argument, Stage::validate, 0,
                 "the range [{:#x}, {:#x}] ends before it starts; `last` is its last address, not the next one",
                 range.start.value, range.last.value);
-  if (!base::is_aligned(range.start.value, granule) || !base::is_aligned(range.last.value + 1, granule))
-    return fail(Errc::invalid_argument, Stage::validate, 0,
-                "the range [{:#x}, {:#x}] is not made of whole granules of {} bytes; `last` is its last address, as in "
-                "{:#x}",
-                range.start.value, range.last.value, granule, range.last.value | (granule - 1));
-  return {};
+  return fail(Errc::invalid_argument, Stage::validate, 0,
+              "the range [{:#x}, {:#x}] is not made of whole granules of {} bytes; `last` is its last address, as in "
+              "{:#x}",
+              range.start.value, range.last.value, granule, range.last.value | (granule - 1));
 }
 
-Error check_usable(const SpaceState& space, IovaRange range) noexcept {
+Error not_usable(const SpaceState& space, IovaRange range) noexcept {
   const auto& usable = space.usable;
   // The first window that does not stop before the range.
   auto window = std::lower_bound(usable.begin(), usable.end(), range.start,
                                  [](const IovaRange& w, Iova start) { return w.last < start; });
-  if (window != usable.end() && window->contains(range)) [[likely]]
-    return {};
   if (usable.empty())
     return make_error(Errc::iova_reserved, Stage::reserve,
                       "no IOVA is usable yet: attach a device to this address space first");

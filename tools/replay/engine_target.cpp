@@ -1,5 +1,6 @@
 #include "replay/engine_target.hpp"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <utility>
@@ -8,6 +9,13 @@
 #include "engine/engine_core.hpp"
 
 namespace iovane::replay {
+namespace {
+
+Verdict unfinished() noexcept {
+  return {make_error(Errc::limit_reached, Stage::validate, "the queue was full, or did not finish in ten seconds"), {}};
+}
+
+}  // namespace
 
 Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const GuestMemory& memory, std::size_t batch_max) {
   std::unique_ptr<EngineTarget> target{new EngineTarget};
@@ -32,27 +40,31 @@ Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const Guest
 }
 
 void EngineTarget::run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept {
-  for (std::size_t i = 0; i < batch.size(); ++i) {
-    const Operation& op = batch[i];
-    verdicts[i] = {Error{Errc::limit_reached, Stage::validate, 0, 0}, {}};  // until its completion says otherwise
-    bool staged = false;
+  MapRequest map;
+  map.access = Access::read_write;
+  map.placement.kind = Placement::Kind::fixed;
+  std::size_t staged = 0;
+  for (; staged < batch.size(); ++staged) {
+    const Operation& op = batch[staged];
     if (op.kind == trace::EventKind::map) {
-      MapRequest request;
-      request.memory = memory_.piece(Bytes{op.memory}, op.range.length());
-      request.access = Access::read_write;
-      request.placement = {.kind = Placement::Kind::fixed, .at = op.range.start};
-      request.user_data = i;
-      staged = queue_.stage(request);
+      map.memory = memory_.piece(Bytes{op.memory}, op.range.length());
+      map.placement.at = op.range.start;
+      map.user_data = staged;
+      if (!queue_.stage(map)) break;
     } else {
-      staged = queue_.stage(UnmapRequest::of(op.range, i));
+      if (!queue_.stage(UnmapRequest::of(op.range, staged))) break;
     }
-    if (!staged) break;
   }
   queue_.submit();
+  // What has no completion by the end keeps this error.
+  if (queue_.outstanding() != batch.size()) std::fill(verdicts.begin(), verdicts.end(), unfinished());
   std::array<Completion, 64> completions;
   while (queue_.outstanding() != 0) {
     const std::size_t count = queue_.wait(completions, 1, std::chrono::seconds{10});
-    if (count == 0) return;  // what has no verdict by then keeps its error
+    if (count == 0) {
+      std::fill(verdicts.begin(), verdicts.end(), unfinished());
+      return;
+    }
     for (std::size_t i = 0; i < count; ++i)
       verdicts[completions[i].user_data] = {completions[i].error, completions[i].bytes};
   }

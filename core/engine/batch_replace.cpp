@@ -1,0 +1,69 @@
+// Replacing: one mapping leads to other memory, without a gap where the backend can.
+#include "base/error_text.hpp"
+#include "engine/batch_executor.hpp"
+
+namespace iovane::engine {
+
+using backends::BackendOp;
+using backends::OpKind;
+using base::fail;
+
+void BatchExecutor::replace(std::uint32_t i, const Operation& operation) noexcept {
+  if (const Error refused = try_replace(i, operation)) refuse(i, refused);
+}
+
+Error BatchExecutor::try_replace(std::uint32_t i, const Operation& operation) noexcept {
+  flush();
+  const IovaRange range = operation.range();
+  if (!is_granular(space_, range)) return bad_range(space_, range);
+  if (!is_access(operation.access)) return unknown_access();
+  MappingRecord* const record = space_.index.first_record(range);
+  if (record == nullptr || record->range != range || record->state != MappingState::live)
+    return fail(Errc::not_found, Stage::validate, 0, "no mapping is exactly [{:#x}, {:#x}]", range.start.value,
+                range.last.value);
+  if ((record->flags & mapping_is_scattered) != 0)
+    return make_error(Errc::unsupported, Stage::validate, "a scatter list cannot be replaced; unmap it and map anew");
+  ResolvedPiece piece;
+  if (!resolve_piece(space_, operation.one_piece(), piece)) return bad_piece(space_, operation.one_piece());
+  const Bytes length = operation.length;
+  if (length != range.length())
+    return fail(Errc::invalid_argument, Stage::validate, 0, "the new memory has {} bytes, the mapping {}", length.value,
+                range.length().value);
+
+  const BackendOp new_op = map_op(piece, range, operation.access);
+  if (has(space_.backend->facts().capabilities, backends::Capability::replace_in_place)) {
+    BackendOp op = new_op;
+    op.kind = OpKind::replace;
+    if (const auto result = execute_one(op); result.error) return result.error;
+  } else {
+    const auto removed = execute_one({OpKind::unmap, Access::none, {}, range, 0});
+    if (removed.error) {
+      quarantine(*record);
+      return removed.error;
+    }
+    if (const auto result = execute_one(new_op); result.error) {
+      const std::uint32_t old_index = record->region;
+      const backends::RegionId old_region =
+          old_index != 0 ? space_.memories.at(old_index - 1).region : backends::RegionId{};
+      const auto restored = execute_one(map_op({old_region, record->memory, old_index}, range, record->access));
+      if (!restored.error) return result.error;
+      retire(record);
+      return fail(result.error.code, Stage::map, result.error.os_errno,
+                  "{}; mapping the old memory again failed too ({}), so [{:#x}, {:#x}] is unmapped now",
+                  result.error.detail(), restored.error.detail(), range.start.value, range.last.value);
+    }
+  }
+  if (piece.memory_index != record->region) {
+    if (piece.memory_index != 0) ++space_.memories.at(piece.memory_index - 1).mappings;
+    drop_memory(record->region);
+  }
+  record->region = piece.memory_index;
+  record->memory = piece.memory;
+  record->access = operation.access;
+  Completion& verdict = slice_.completion(i);
+  verdict.bytes = length;
+  verdict.mapping = space_.index.id_of(record);
+  return {};
+}
+
+}  // namespace iovane::engine
