@@ -118,7 +118,7 @@ void BatchExecutor::finish_unmaps(std::uint32_t groups) noexcept {
 void BatchExecutor::finish_unmap(PendingUnmap& unmap, const Error& error) noexcept {
   MappingRecord* record = unmap.first;
   for (std::uint32_t left = unmap.mappings; left != 0;) {
-    MappingRecord* const following = left > 1 ? MappingIndex::next_record(record) : nullptr;
+    MappingRecord* const following = MappingIndex::next_record(record);
     if (record->state == MappingState::unmapping) {
       if (error)
         quarantine(*record);
@@ -138,7 +138,7 @@ void BatchExecutor::retry_one_by_one(PendingUnmap& unmap) noexcept {
   Completion& verdict = slice_.completion(unmap.operation);
   MappingRecord* record = unmap.first;
   for (std::uint32_t left = unmap.mappings; left != 0;) {
-    MappingRecord* const following = left > 1 ? MappingIndex::next_record(record) : nullptr;
+    MappingRecord* const following = MappingIndex::next_record(record);
     if (record->state == MappingState::unmapping) {
       --left;
       (*space_.counters)[Count::retries].add();
