@@ -179,6 +179,7 @@ bool Worker::spin() const noexcept {
 }
 
 void Worker::rest(std::uint64_t deadline_ns) noexcept {
+  // sequentially consistent, all three: I2, a store before loads.
   sleeping_.store(true, std::memory_order_seq_cst);
   if (head_.load(std::memory_order_seq_cst) == nullptr && !stopping_.load(std::memory_order_seq_cst)) {
     std::chrono::nanoseconds timeout{-1};

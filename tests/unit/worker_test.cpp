@@ -38,9 +38,10 @@ class Tick final : public WorkerTask {
 
  private:
   std::uint64_t run_on_worker() noexcept override {
-    ran_on = std::this_thread::get_id();
-    ++runs;
-    return again.fetch_sub(1) > 0 ? monotonic_ns() + 100'000 : never;
+    ran_on.store(std::this_thread::get_id(), std::memory_order_relaxed);
+    const bool more = again.fetch_sub(1, std::memory_order_relaxed) > 0;
+    runs.fetch_add(1, std::memory_order_release);  // what came before is seen by who waits for it
+    return more ? monotonic_ns() + 100'000 : never;
   }
 };
 
@@ -60,7 +61,7 @@ TEST(Worker, RunsWhatIsPostedOnItsOwnThreadAlsoAfterSleeping) {
     wait_for(tick.runs, i);
     std::this_thread::sleep_for(2ms);  // long enough to fall asleep
   }
-  EXPECT_NE(tick.ran_on.load(), std::this_thread::get_id());
+  EXPECT_NE(tick.ran_on.load(std::memory_order_relaxed), std::this_thread::get_id());
   worker->forget(tick);
 }
 
@@ -100,7 +101,7 @@ TEST(Worker, HasANameAndBlocksEverySignal) {
     EXPECT_EQ(number, 3U);
     pthread_getname_np(pthread_self(), name.data(), name.size());
     pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
-    ++looked;
+    looked.fetch_add(1, std::memory_order_release);
   };
   auto worker = *Worker::start(config, nullptr, 0, 3);
   wait_for(looked, 1);
