@@ -16,10 +16,11 @@ namespace {
 
 constexpr std::uint64_t page = 4096;
 
-AddressSpace open_space(LayoutPolicy layout) {
+AddressSpace open_space(LayoutPolicy layout, UnmapMode unmap = UnmapMode::strict) {
   Engine engine = EngineAccess::open(std::make_unique<bench::NullBackend>(), "null");
   AddressSpaceConfig config;
   config.layout = layout;
+  config.unmap = unmap;
   return *engine.create_address_space(config);
 }
 
@@ -62,6 +63,28 @@ void BM_EngineBatch(benchmark::State& state) {
   state.SetItemsProcessed(static_cast<std::int64_t>(2 * batch) * state.iterations());
 }
 BENCHMARK(BM_EngineBatch)->ArgNames({"batch", "live"})->ArgsProduct({{1, 8, 32, 128}, {0, 10'000}});
+
+// The same in relaxed mode: `fresh` pages, so that flushes really unmap, or the same ones, which are revived.
+void BM_EngineRelaxed(benchmark::State& state) {
+  const auto batch = static_cast<std::uint64_t>(state.range(0));
+  const bool fresh = state.range(1) != 0;
+  AddressSpace space = open_space(LayoutPolicy::fixed, UnmapMode::relaxed);
+  Queue queue = *space.open_queue({.depth = 256});
+  std::vector<Completion> out(256);
+  std::uint64_t at = 0x10000;
+  for (auto _ : state) {
+    for (std::uint64_t i = 0; i < batch; ++i) (void)queue.stage(map_at(at + i));
+    queue.submit();
+    take_all(queue, out, state);
+    for (std::uint64_t i = 0; i < batch; ++i)
+      (void)queue.stage(UnmapRequest::of(IovaRange{Iova{(at + i) * page}, Iova{(at + i + 1) * page - 1}}));
+    queue.submit();
+    take_all(queue, out, state);
+    if (fresh) at = 0x10000 + (at + batch) % 0x10000;
+  }
+  state.SetItemsProcessed(static_cast<std::int64_t>(2 * batch) * state.iterations());
+}
+BENCHMARK(BM_EngineRelaxed)->ArgNames({"batch", "fresh"})->ArgsProduct({{1, 32}, {0, 1}});
 
 // The same through the synchronous calls.
 void BM_EngineSynchronous(benchmark::State& state) {

@@ -75,6 +75,9 @@ class Slab {
     free_ = cell;
   }
 
+  /// Makes the object's handles stale without releasing it; handle_of() has its new one.
+  void renew(T* object) noexcept { cell_of(object)->generation += 2; }
+
   std::uint64_t handle_of(const T* object) const noexcept {
     const Cell* cell = cell_of(object);
     return (std::uint64_t{cell->generation} << 32) | (cell->number + 1);

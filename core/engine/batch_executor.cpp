@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/error_text.hpp"
+#include "engine/monotonic.hpp"
 
 namespace iovane::engine {
 
@@ -12,7 +13,8 @@ using backends::BackendOp;
 using backends::OpKind;
 using base::fail;
 
-void BatchExecutor::run(QueueCore& queue) noexcept {
+void BatchExecutor::run(QueueCore& queue, bool for_another) noexcept {
+  if (for_another) (*space_.counters)[Count::combined_batches].add();
   const std::uint64_t published = queue.take_published();
   while (queue.executed() != published) {
     const auto count =
@@ -32,6 +34,7 @@ Completion BatchExecutor::run_one(const Operation& operation) noexcept {
 void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& link_broken) noexcept {
   slice_ = slice;
   succeeded_ = {};
+  slice_ns_ = 0;
   for (std::uint32_t i = 0; i < count; ++i) {
     const Operation& operation = slice.operation(i);
     slice.completion(i) = Completion{operation.user_data, {}, operation.start, {}, {}};
@@ -47,11 +50,18 @@ void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& lin
     }
   }
   flush();
-  Stats& stats = space_.stats;
-  ++stats.batches;
-  stats.maps += succeeded_[static_cast<unsigned>(OperationKind::map)];
-  stats.unmaps += succeeded_[static_cast<unsigned>(OperationKind::unmap)];
-  stats.replaces += succeeded_[static_cast<unsigned>(OperationKind::replace)];
+  SpaceCounters& counters = *space_.counters;
+  counters[Count::batches].add();
+  counters[Count::maps].add(succeeded_[static_cast<unsigned>(OperationKind::map)]);
+  counters[Count::unmaps].add(succeeded_[static_cast<unsigned>(OperationKind::unmap)]);
+  counters[Count::replaces].add(succeeded_[static_cast<unsigned>(OperationKind::replace)]);
+  if (space_.stale && !space_.stale->empty()) flush_stale_if_due(slice_ns_ != 0 ? slice_ns_ : monotonic_ns());
+  publish_gauges();
+}
+
+void BatchExecutor::publish_gauges() noexcept {
+  (*space_.counters)[Count::live_mappings].set(space_.index.size());
+  (*space_.counters)[Count::live_bytes].set(space_.index.bytes().value);
 }
 
 void BatchExecutor::refuse(std::uint32_t i, const Error& error) noexcept {
@@ -59,7 +69,7 @@ void BatchExecutor::refuse(std::uint32_t i, const Error& error) noexcept {
   if (!verdict.ok()) return;
   verdict.error = error;
   --succeeded_[static_cast<unsigned>(slice_.operation(i).kind)];
-  ++space_.stats.failures;
+  (*space_.counters)[Count::failures].add();
 }
 
 Error BatchExecutor::not_begun() const noexcept {
@@ -73,6 +83,10 @@ inline void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noe
     case OperationKind::unmap: return plan_unmap(i, operation);
     case OperationKind::replace: return replace(i, operation);
     case OperationKind::fence: return flush();
+    case OperationKind::flush:
+      flush();
+      slice_.completion(i).bytes = flush_stale();
+      return;
   }
 }
 
@@ -85,6 +99,10 @@ inline void BatchExecutor::plan_map(std::uint32_t i, const Operation& operation)
     return refuse(i, bad_piece(space_, operation.one_piece()));
   if (map_op_count_ == map_ops_max) [[unlikely]]
     flush();
+  if (space_.stale && operation.placement == Placement::Kind::fixed) {
+    const auto wanted = IovaRange::from_length(operation.start, operation.length);
+    if (wanted && revive(i, operation.access, *wanted, piece)) return;
+  }
   IovaRange range;
   if (!reserve(i, operation, operation.length, range)) [[unlikely]]
     return;
@@ -172,9 +190,12 @@ void BatchExecutor::plan_scattered_map(std::uint32_t i, const Operation& operati
   if (operation.placement == Placement::Kind::anywhere) {
     if (!space_.allocator) [[unlikely]]
       return refuse(i, nowhere()), false;
-    const auto taken = space_.allocator->allocate(length, {operation.align, operation.last});
-    if (!taken) [[unlikely]]
-      return refuse(i, taken.error()), false;
+    auto taken = space_.allocator->allocate(length, {operation.align, operation.last});
+    if (!taken) [[unlikely]] {
+      if (!make_room()) return refuse(i, taken.error()), false;
+      taken = space_.allocator->allocate(length, {operation.align, operation.last});
+      if (!taken) return refuse(i, taken.error()), false;
+    }
     range = *taken;
     return true;
   }
@@ -189,8 +210,9 @@ void BatchExecutor::plan_scattered_map(std::uint32_t i, const Operation& operati
   if (!is_usable(space_, range)) [[unlikely]]
     return refuse(i, not_usable(space_, range)), false;
   if (space_.allocator) {
-    // What this phase unmaps there is free only after its flush.
+    // What this phase unmaps there is free only after its flush, what was deferred there after that one's.
     if (phase_touches(range)) flush();
+    if (touches_stale(range)) make_room();
     if (const auto claimed = space_.allocator->claim(range); !claimed) return refuse(i, claimed.error()), false;
   }
   return true;
@@ -203,13 +225,25 @@ Error BatchExecutor::nowhere() const noexcept {
 }
 
 // A range that an operation of this phase touches ends the phase, so that what counts is the outcome of everything
-// before. The map's backend operations move along.
+// before; one that a deferred unmap left there, or a full index, makes that unmap happen. The map's backend operations
+// move along.
 MappingRecord* BatchExecutor::enter_after_flush(IovaRange range, std::uint32_t op_count) noexcept {
-  if (!phase_touches(range)) return nullptr;
+  const bool in_phase = phase_touches(range);
+  const bool behind_stale = touches_stale(range) || space_.index.size() == space_.index.mappings_max();
+  if (!in_phase && !behind_stale) return nullptr;
   const std::uint32_t planned = map_op_count_;
   flush();
+  if (behind_stale) (void)flush_stale();
   std::copy_n(&ops_[maps_begin + planned], op_count, &ops_[maps_begin]);
   return space_.index.try_insert(range);
+}
+
+// Carries out deferred unmaps for the sake of what they hold; false when there were none.
+bool BatchExecutor::make_room() noexcept {
+  if (!space_.stale || space_.stale->empty()) return false;
+  flush();
+  (void)flush_stale();
+  return true;
 }
 
 Error BatchExecutor::cannot_enter(IovaRange range) const noexcept {
@@ -239,7 +273,8 @@ inline void BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operatio
   MappingRecord* record = nullptr;
   if (operation.memory != 0) {
     record = space_.index.find(MappingId{operation.memory});
-    if (record == nullptr || record->state == MappingState::unmapping) [[unlikely]]
+    if (record == nullptr || record->state == MappingState::unmapping || record->state == MappingState::stale)
+        [[unlikely]]
       return refuse(i, make_error(Errc::stale_handle, Stage::validate, "the mapping it names is gone"));
     range = record->range;
     slice_.completion(i).iova = range.start;
@@ -250,6 +285,7 @@ inline void BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operatio
   }
   if (record != nullptr && record->state == MappingState::live) [[likely]] {
     record->state = MappingState::unmapping;
+    if (space_.stale) return defer_unmap(i, record, 1);
     add_unmap(i, range, range.length(), record, record, 1);
   } else {
     plan_wide_unmap(i, range);
@@ -275,7 +311,7 @@ void BatchExecutor::plan_wide_unmap(std::uint32_t i, IovaRange range) noexcept {
     if (record->state == MappingState::mapping) {
       cancelled += length.value;
       cancel(record);
-    } else {
+    } else if (record->state != MappingState::stale) {  // that one is gone for the caller
       if (unmap.mappings++ == 0) unmap.first = record;
       unmap.last = record;
       unmap.bytes.value += length.value;
@@ -284,7 +320,9 @@ void BatchExecutor::plan_wide_unmap(std::uint32_t i, IovaRange range) noexcept {
     record = following;
   }
   slice_.completion(i).bytes = Bytes{cancelled};
-  if (unmap.mappings != 0) {
+  if (unmap.mappings != 0 && space_.stale) {
+    defer_unmap(i, unmap.first, unmap.mappings);
+  } else if (unmap.mappings != 0) {
     add_unmap(i, {unmap.first->range.start, unmap.last->range.last}, unmap.bytes, unmap.first, unmap.last,
               unmap.mappings);
   } else if (cancelled == 0 && range != IovaRange::everything()) {
@@ -298,6 +336,7 @@ void BatchExecutor::plan_wide_unmap(std::uint32_t i, IovaRange range) noexcept {
 Error BatchExecutor::check_unmap(IovaRange range, MappingRecord* first) noexcept {
   for (MappingRecord* record = first; record != nullptr && record->range.start <= range.last;
        record = MappingIndex::next_record(record)) {
+    if (record->state == MappingState::stale) continue;
     if (record->state == MappingState::unmapping) return Error{Errc::busy, Stage::validate, 0, 0};
     if (!range.contains(record->range))
       return fail(Errc::would_bisect, Stage::validate, 0,
@@ -315,7 +354,7 @@ Error BatchExecutor::check_unmap(IovaRange range, MappingRecord* first) noexcept
 void BatchExecutor::cancel(MappingRecord* record) noexcept {
   maps_[record->tag].op_count = 0;
   maps_cancelled_ = true;
-  ++space_.stats.cancelled_pairs;
+  (*space_.counters)[Count::cancelled_pairs].add();
   retire(record);
 }
 

@@ -33,11 +33,17 @@ class BatchExecutor {
   explicit BatchExecutor(SpaceState& space) noexcept : space_{space} {}
 
   /// Executes everything the queue has published, slice by slice, delivering each slice's completions.
-  void run(QueueCore& queue) noexcept;
+  void run(QueueCore& queue, bool for_another) noexcept;
   /// Executes one operation. `link_broken` as in QueueCore.
   Completion run_one(const Operation& operation) noexcept;
   /// Unmaps everything, quarantined mappings included in the attempt.
   Result<Bytes> unmap_all() noexcept;
+  /// Relaxed mode: carries out every deferred unmap; the bytes that devices can no longer reach. Not within a phase.
+  Bytes flush_stale() noexcept;
+  /// Relaxed mode: does so if a bound is reached by `now_ns` of the monotonic clock.
+  void flush_stale_if_due(std::uint64_t now_ns) noexcept;
+  /// Brings the gauges of the counters up to date.
+  void publish_gauges() noexcept;
 
  private:
   /// A map of the current phase.
@@ -78,10 +84,15 @@ class BatchExecutor {
   void enter_map(std::uint32_t i, Access access, IovaRange range, const ResolvedPiece& piece, std::uint32_t op_count,
                  std::uint16_t flags) noexcept;
   MappingRecord* enter_after_flush(IovaRange range, std::uint32_t op_count) noexcept;
+  bool make_room() noexcept;
   Error cannot_enter(IovaRange range) const noexcept;
   void add_unmap(std::uint32_t i, IovaRange span, Bytes bytes, MappingRecord* first, MappingRecord* last,
                  std::uint32_t mappings) noexcept;
   bool phase_touches(IovaRange range) noexcept;
+  bool touches_stale(IovaRange range) noexcept;
+  bool revive(std::uint32_t i, Access access, IovaRange range, const ResolvedPiece& piece) noexcept;
+  void defer_unmap(std::uint32_t i, MappingRecord* first, std::uint32_t mappings) noexcept;
+  std::size_t flush_stale_part(std::size_t next, std::uint64_t& removed) noexcept;
   void cancel(MappingRecord* record) noexcept;
 
   void flush() noexcept;
@@ -91,7 +102,9 @@ class BatchExecutor {
   void finish_unmap(PendingUnmap& unmap, const Error& error) noexcept;
   void retry_one_by_one(PendingUnmap& unmap) noexcept;
   void finish_maps() noexcept;
-  void fail_map(const PendingMap& map, std::span<const backends::BackendOpResult> results) noexcept;
+  void fail_map(const PendingMap& map) noexcept;
+  bool undo_map(const PendingMap& map) noexcept;
+  bool map_again(const PendingMap& map) noexcept;
   backends::BackendOpResult execute_one(const backends::BackendOp& op) noexcept;
 
   void retire(MappingRecord* record) noexcept;
@@ -120,6 +133,7 @@ class BatchExecutor {
   std::uint32_t map_op_count_ = 0;
   std::uint32_t unmap_count_ = 0;
   bool unmaps_sorted_ = true;    // by address
+  std::uint64_t slice_ns_ = 0;   // when the slice deferred its first unmap, 0 before
   bool maps_cancelled_ = false;  // some of maps_ have no operation any more
   std::array<PendingMap, slice_operations_max> maps_;
   std::array<PendingUnmap, slice_operations_max> unmaps_;

@@ -18,6 +18,10 @@ namespace {
               removed.value, range.start.value, range.last.value, expected.value);
 }
 
+bool is_shortage(Errc code) noexcept {
+  return code == Errc::memlock_exceeded || code == Errc::entry_limit || code == Errc::out_of_memory;
+}
+
 }  // namespace
 
 void BatchExecutor::flush() noexcept {
@@ -26,7 +30,7 @@ void BatchExecutor::flush() noexcept {
   const std::uint32_t groups = merge_unmaps();
   const std::uint32_t count = groups + map_op_count_;
   if (count != 0) {
-    space_.stats.backend_ops += count;
+    (*space_.counters)[Count::backend_ops].add(count);
     space_.backend->execute({&ops_[maps_begin - groups], count}, {&results_[maps_begin - groups], count});
   }
   // Undoing a map and retrying unmaps execute operations of their own and leave ops_ and results_ alone.
@@ -70,7 +74,7 @@ std::uint32_t BatchExecutor::merge_unmaps() noexcept {
       if (following == above) {
         ops_[maps_begin - groups].range.start = unmap.span.start;
         ++group_sizes_[groups - 1];
-        ++space_.stats.merged_unmaps;
+        (*space_.counters)[Count::merged_unmaps].add();
         above = unmap.first;
         continue;
       }
@@ -114,7 +118,7 @@ void BatchExecutor::finish_unmaps(std::uint32_t groups) noexcept {
 void BatchExecutor::finish_unmap(PendingUnmap& unmap, const Error& error) noexcept {
   MappingRecord* record = unmap.first;
   for (std::uint32_t left = unmap.mappings; left != 0;) {
-    MappingRecord* const following = left > 1 ? MappingIndex::next_record(record) : nullptr;
+    MappingRecord* const following = MappingIndex::next_record(record);
     if (record->state == MappingState::unmapping) {
       if (error)
         quarantine(*record);
@@ -134,10 +138,10 @@ void BatchExecutor::retry_one_by_one(PendingUnmap& unmap) noexcept {
   Completion& verdict = slice_.completion(unmap.operation);
   MappingRecord* record = unmap.first;
   for (std::uint32_t left = unmap.mappings; left != 0;) {
-    MappingRecord* const following = left > 1 ? MappingIndex::next_record(record) : nullptr;
+    MappingRecord* const following = MappingIndex::next_record(record);
     if (record->state == MappingState::unmapping) {
       --left;
-      ++space_.stats.retries;
+      (*space_.counters)[Count::retries].add();
       const std::uint64_t length = record->range.length().value;
       const BackendOpResult result = execute_one({OpKind::unmap, Access::none, {}, record->range, 0});
       // not_found: the failed call had removed this one before it stopped.
@@ -164,33 +168,60 @@ void BatchExecutor::finish_maps() noexcept {
     else if (std::all_of(own.begin(), own.end(), [](const auto& r) { return r.error.ok(); }))
       map.record->state = MappingState::live;
     else
-      fail_map(map, own);
+      fail_map(map);
   }
 }
 
-// Completes a failed map. Where some pieces of a scatter list are mapped and others failed, takes the mapped ones out.
-void BatchExecutor::fail_map(const PendingMap& map, std::span<const BackendOpResult> results) noexcept {
+// Takes a failed map out again, unless deferred unmaps held what it lacked.
+void BatchExecutor::fail_map(const PendingMap& map) noexcept {
+  const BackendOpResult* const results = &results_[maps_begin + map.first_op];
+  const auto refusal = [&] {
+    return std::find_if(results, results + map.op_count, [](const auto& r) { return !r.error.ok(); })->error;
+  };
+  Error error = refusal();
+  bool all_gone = undo_map(map);
+  if (all_gone && is_shortage(error.code) && space_.stale && !space_.stale->empty()) {
+    (void)flush_stale();
+    if (map_again(map)) {
+      map.record->state = MappingState::live;
+      return;
+    }
+    error = refusal();
+    all_gone = undo_map(map);
+  }
   Completion& verdict = slice_.completion(map.operation);
   verdict.bytes = {};
   verdict.mapping = {};
-  bool all_gone = true;
-  for (std::uint32_t n = 0; n < map.op_count; ++n) {
-    if (results[n].error) {
-      refuse(map.operation, results[n].error);
-      continue;
-    }
-    const IovaRange range = ops_[maps_begin + map.first_op + n].range;
-    if (execute_one({OpKind::unmap, Access::none, {}, range, 0}).error) all_gone = false;
-  }
+  refuse(map.operation, error);
   if (all_gone)
     retire(map.record);
   else
     quarantine(*map.record);
 }
 
+// Unmaps the pieces that were mapped, of a scatter list whose others failed; false when one would not go.
+bool BatchExecutor::undo_map(const PendingMap& map) noexcept {
+  bool all_gone = true;
+  for (std::uint32_t n = map.first_op; n < map.first_op + map.op_count; ++n) {
+    if (results_[maps_begin + n].error) continue;
+    const IovaRange range = ops_[maps_begin + n].range;
+    if (execute_one({OpKind::unmap, Access::none, {}, range, 0}).error) all_gone = false;
+  }
+  return all_gone;
+}
+
+bool BatchExecutor::map_again(const PendingMap& map) noexcept {
+  bool all_mapped = true;
+  for (std::uint32_t n = map.first_op; n < map.first_op + map.op_count; ++n) {
+    results_[maps_begin + n] = execute_one(ops_[maps_begin + n]);
+    if (results_[maps_begin + n].error) all_mapped = false;
+  }
+  return all_mapped;
+}
+
 BackendOpResult BatchExecutor::execute_one(const BackendOp& op) noexcept {
   BackendOpResult result;
-  ++space_.stats.backend_ops;
+  (*space_.counters)[Count::backend_ops].add();
   space_.backend->execute({&op, 1}, {&result, 1});
   return result;
 }
@@ -210,14 +241,20 @@ Result<Bytes> BatchExecutor::unmap_all() noexcept {
       if (!was_quarantined) quarantine(*record);
     } else {
       if (was_quarantined) {
-        --space_.stats.quarantined_mappings;
-        space_.stats.quarantined_bytes.value -= record->range.length().value;
+        (*space_.counters)[Count::quarantined_mappings].subtract();
+        (*space_.counters)[Count::quarantined_bytes].subtract(record->range.length().value);
       }
-      removed += record->range.length().value;
+      if (record->state != MappingState::stale) removed += record->range.length().value;
       retire(record);
     }
     record = following;
   }
+  if (space_.stale) {
+    space_.stale->clear();
+    (*space_.counters)[Count::stale_mappings].set(0);
+    (*space_.counters)[Count::stale_bytes].set(0);
+  }
+  publish_gauges();
   if (first) return first;
   return Bytes{removed};
 }
@@ -233,8 +270,8 @@ void BatchExecutor::retire(MappingRecord* record) noexcept {
 
 void BatchExecutor::quarantine(MappingRecord& record) noexcept {
   record.state = MappingState::quarantined;
-  ++space_.stats.quarantined_mappings;
-  space_.stats.quarantined_bytes.value += record.range.length().value;
+  (*space_.counters)[Count::quarantined_mappings].add();
+  (*space_.counters)[Count::quarantined_bytes].add(record.range.length().value);
 }
 
 void BatchExecutor::release(IovaRange range) noexcept {

@@ -18,34 +18,37 @@ using engine::EngineCore;
 constexpr std::string_view model_name = "model";
 
 // "model" alone imitates iommufd.
-Result<std::shared_ptr<EngineCore>> open_model(std::string_view name, std::string reason) {
+Result<std::shared_ptr<EngineCore>> open_model(std::string_view name, std::string reason, const WorkerConfig& workers) {
   auto kernel = backends::model::ModelKernel::create();
   if (!kernel) return kernel.error();
   backends::BackendChoice choice;
   choice.name = name.size() > model_name.size() ? std::string{name.substr(model_name.size() + 1)} : "iommufd";
   auto backend = backends::open_backend(**kernel, choice);
   if (!backend) return backend.error();
-  return std::make_shared<EngineCore>(*std::move(kernel), *std::move(backend), std::string{name}, std::move(reason));
+  return std::make_shared<EngineCore>(*std::move(kernel), *std::move(backend), std::string{name}, std::move(reason),
+                                      workers);
 }
 
-Result<std::shared_ptr<EngineCore>> open_system(backends::BackendChoice choice, std::string reason) {
+Result<std::shared_ptr<EngineCore>> open_system(backends::BackendChoice choice, std::string reason,
+                                                const WorkerConfig& workers) {
   auto kernel = std::make_unique<backends::SystemKernel>();
   auto backend = backends::open_backend(*kernel, choice);
   if (!backend) return backend.error();
   std::string name{backends::to_string((*backend)->interface())};
-  return std::make_shared<EngineCore>(std::move(kernel), *std::move(backend), std::move(name), std::move(reason));
+  return std::make_shared<EngineCore>(std::move(kernel), *std::move(backend), std::move(name), std::move(reason),
+                                      workers);
 }
 
-Result<std::shared_ptr<EngineCore>> open_auto() {
+Result<std::shared_ptr<EngineCore>> open_auto(const WorkerConfig& workers) {
   backends::SystemKernel kernel;
   backends::ProbeOptions options;
   options.attach_devices = false;
   const auto report = backends::probe_host(kernel, options);
   if (!report) return report.error();
-  if (!report->choice) return open_model(model_name, report->why);
+  if (!report->choice) return open_model(model_name, report->why, workers);
   backends::BackendChoice choice;
   choice.name = backends::to_string(*report->choice);
-  return open_system(std::move(choice), report->why);
+  return open_system(std::move(choice), report->why, workers);
 }
 
 Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
@@ -59,9 +62,9 @@ Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
     if (wants_iommu || wants_container)
       return make_error(Errc::invalid_argument, Stage::open,
                         "a descriptor was given, but the software IOMMU uses none; name the kernel's interface");
-    return open_model(name, "it was asked for by name");
+    return open_model(name, "it was asked for by name", config.workers);
   }
-  if (name == "auto" && !wants_iommu && !wants_container) return open_auto();
+  if (name == "auto" && !wants_iommu && !wants_container) return open_auto(config.workers);
 
   backends::BackendChoice choice;
   choice.name = name == "auto" ? (wants_iommu ? "iommufd" : "type1") : config.backend;
@@ -74,7 +77,7 @@ Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
   choice.descriptor.fd = wants_iommu ? config.iommu_fd : config.container_fd;
   choice.descriptor.duplicate = config.descriptors == DescriptorUse::duplicate;
   return open_system(std::move(choice),
-                     name == "auto" ? "a descriptor of it was handed in" : "it was asked for by name");
+                     name == "auto" ? "a descriptor of it was handed in" : "it was asked for by name", config.workers);
 }
 
 }  // namespace
@@ -85,8 +88,9 @@ Result<Engine> Engine::open(const EngineConfig& config) {
   return Engine{*std::move(core)};
 }
 
-Engine EngineAccess::open(std::unique_ptr<backends::Backend> backend, std::string name) {
-  return Engine{std::make_shared<EngineCore>(nullptr, std::move(backend), std::move(name), "it was handed in")};
+Engine EngineAccess::open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers) {
+  return Engine{std::make_shared<EngineCore>(nullptr, std::move(backend), std::move(name), "it was handed in",
+                                             std::move(workers))};
 }
 
 }  // namespace iovane

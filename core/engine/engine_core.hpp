@@ -6,6 +6,7 @@
 
 #include "backends/backend.hpp"
 #include "backends/kernel.hpp"
+#include "engine/node_resources.hpp"
 #include "iovane/config.hpp"
 #include "iovane/engine.hpp"
 #include "iovane/result.hpp"
@@ -17,7 +18,7 @@ namespace iovane {
 class EngineAccess {
  public:
   /// What the backend stands on must outlive every address space. `name` is what Engine::backend() says.
-  static Engine open(std::unique_ptr<backends::Backend> backend, std::string name);
+  static Engine open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers = {});
 };
 
 namespace engine {
@@ -25,21 +26,24 @@ namespace engine {
 class EngineCore {
  public:
   EngineCore(std::unique_ptr<backends::Kernel> owned_kernel, std::unique_ptr<backends::Backend> backend,
-             std::string name, std::string reason) noexcept
+             std::string name, std::string reason, WorkerConfig workers = {})
       : kernel_{std::move(owned_kernel)},
         backend_{std::move(backend)},
         name_{std::move(name)},
-        reason_{std::move(reason)} {}
+        reason_{std::move(reason)},
+        nodes_{std::move(workers)} {}
 
   backends::Backend& backend() noexcept { return *backend_; }
   const std::string& backend_name() const noexcept { return name_; }
   const std::string& reason() const noexcept { return reason_; }
+  NodeResources& nodes() noexcept { return nodes_; }
 
  private:
   std::unique_ptr<backends::Kernel> kernel_;  // null when the caller's; closed after the backend
   std::unique_ptr<backends::Backend> backend_;
   std::string name_;
   std::string reason_;
+  NodeResources nodes_;  // its workers end first
 };
 
 }  // namespace engine

@@ -1,6 +1,4 @@
 // The public handles: each is a thin shell over a core object.
-#include <bit>
-#include <new>
 #include <utility>
 
 #include "base/error_text.hpp"
@@ -61,15 +59,9 @@ Result<Memory> AddressSpace::register_memory(const MemoryConfig& config) {
 }
 
 Result<Queue> AddressSpace::open_queue(const QueueConfig& config) {
-  constexpr std::uint32_t depth_max = 65536;
-  if (config.depth == 0 || config.depth > depth_max)
-    return base::fail(Errc::invalid_argument, Stage::open, 0, "queue depth {} is not between 1 and {}", config.depth,
-                      depth_max);
-  try {
-    return Queue{std::make_unique<engine::QueueCore>(core_, std::bit_ceil(config.depth))};
-  } catch (const std::bad_alloc&) {
-    return base::fail(Errc::out_of_memory, Stage::open, 0, "no memory for a queue of depth {}", config.depth);
-  }
+  auto core = core_->open_queue(config);
+  if (!core) return core.error();
+  return Queue{*std::move(core)};
 }
 
 Completion AddressSpace::map(const MapRequest& request) noexcept { return core_->run_now(Operation{request}); }
@@ -92,6 +84,7 @@ Result<Mapping> AddressSpace::adopt(MappingId id) noexcept {
   return mapping;
 }
 
+Result<Bytes> AddressSpace::flush() noexcept { return core_->flush(); }
 Result<Bytes> AddressSpace::unmap_all() noexcept { return core_->unmap_all(); }
 Result<MappingInfo> AddressSpace::find(Iova iova) const noexcept { return core_->find(iova); }
 void AddressSpace::for_each(IovaRange range, const std::function<bool(const MappingInfo&)>& visit) const {
@@ -157,12 +150,21 @@ bool Queue::stage_fence(std::uint64_t user_data) noexcept {
   fence.user_data = user_data;
   return core_->stage(fence);
 }
+bool Queue::stage_flush(std::uint64_t user_data) noexcept {
+  Operation flush;
+  flush.kind = engine::OperationKind::flush;
+  flush.user_data = user_data;
+  return core_->stage(flush);
+}
 void Queue::submit() noexcept { core_->submit(); }
 std::size_t Queue::poll(std::span<Completion> out) noexcept { return core_->poll(out); }
 std::size_t Queue::wait(std::span<Completion> out, std::size_t count_min, std::chrono::nanoseconds timeout) noexcept {
   return core_->wait(out, count_min, timeout);
 }
 int Queue::event_fd() noexcept { return core_->event_fd(); }
+Result<void> Queue::deliver_to_ring(int ring_fd, std::uint64_t user_data) noexcept {
+  return core_->deliver_to_ring(ring_fd, user_data);
+}
 std::size_t Queue::space_left() const noexcept { return core_->space_left(); }
 std::size_t Queue::outstanding() const noexcept { return core_->outstanding(); }
 

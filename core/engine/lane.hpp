@@ -6,6 +6,7 @@
 // Roles: any thread may enter(); the holder alone runs nodes and touches `carried_`.
 // Progress: enter() with a work node is lock-free: a CAS loop in which each retry means that another thread's CAS took
 //   effect. Work left behind is run by the holder; a holder that stops running delays it, as in any combining scheme.
+//   A turn is bounded: after service_max nodes of others the holder calls for relief and serves on until that arrives.
 // State word: 0 = free; 1 = held, nothing waiting; otherwise held, and the address of the newest waiting node.
 // Invariants:
 //   I1 a node is in at most one list, from its publication until the holder unlinks it, before it runs the node;
@@ -38,8 +39,9 @@ class LaneNode {
   LaneNode& operator=(const LaneNode&) = delete;
 
  protected:
-  /// Kind::work: does the work; called by the lane's holder, on the holder's thread.
-  virtual void run() noexcept {}
+  /// Kind::work: does the work; called by the lane's holder, on the holder's thread. `for_another`: the holder came for
+  /// something else and found the node waiting.
+  virtual void run([[maybe_unused]] bool for_another) noexcept {}
 
  private:
   friend class Lane;
@@ -47,13 +49,26 @@ class LaneNode {
   Kind kind_;
 };
 
+/// Called by a lane's holder that has run `service_max` nodes of others in one turn, once per turn: whoever answers
+/// asks for the lane with hold(), and the holder's turn ends there.
+class LaneRelief {
+ public:
+  virtual ~LaneRelief() = default;
+  virtual void call() noexcept = 0;
+};
+
 class alignas(base::cacheline_bytes) Lane {
  public:
+  static constexpr std::uint32_t service_max = 64;
+
+  /// Before the lane is used. Null: a turn lasts as long as work arrives.
+  void set_relief(LaneRelief* relief) noexcept { relief_ = relief; }
+
   /// Publishes `node` (Kind::work) or, when the lane was free, runs it and all that arrives meanwhile. True when this
   /// thread ran it.
   bool enter(LaneNode& node) noexcept {
     if (!take_or_publish(node)) return false;
-    node.run();
+    node.run(false);
     leave();
     return true;
   }
@@ -67,6 +82,7 @@ class alignas(base::cacheline_bytes) Lane {
 
   /// Gives the lane up after running everything that waits, or hands it to a waiting hold().
   void leave() noexcept {
+    std::uint32_t served = 0;
     for (;;) {
       while (carried_ != nullptr) {
         LaneNode* const node = carried_;
@@ -75,7 +91,8 @@ class alignas(base::cacheline_bytes) Lane {
           static_cast<Waiter*>(node)->grant();  // the lane stays held; it and carried_ are the waiter's now
           return;
         }
-        node->run();
+        node->run(true);
+        if (++served == service_max && relief_ != nullptr) relief_->call();
       }
       std::uintptr_t held = held_word;
       // R.leave - release, pairs with A.take. relaxed on failure: A.collect below orders what it brings.
@@ -130,6 +147,7 @@ class alignas(base::cacheline_bytes) Lane {
   }
 
   std::atomic<std::uintptr_t> word_{free_word};
+  LaneRelief* relief_ = nullptr;
   LaneNode* carried_ = nullptr;  // the holder's: nodes taken from the word and not run yet, oldest first
 };
 

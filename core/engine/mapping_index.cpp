@@ -41,6 +41,7 @@ std::string_view to_string(MappingState state) noexcept {
     case MappingState::mapping: return "mapping";
     case MappingState::live: return "live";
     case MappingState::unmapping: return "unmapping";
+    case MappingState::stale: return "stale";
     case MappingState::quarantined: return "quarantined";
   }
   return "unknown";

@@ -36,6 +36,7 @@ enum class MappingState : std::uint8_t {
   mapping,      ///< its map has been given to the backend
   live,         ///< devices can reach it
   unmapping,    ///< its unmap has been given to the backend
+  stale,        ///< relaxed mode: its unmap was answered, and waits for the flush
   quarantined,  ///< its unmap failed: never reused
 };
 std::string_view to_string(MappingState state) noexcept;
@@ -103,6 +104,11 @@ class MappingIndex {
   }
   MappingId id_of(const MappingRecord* record) const noexcept { return id_of(entry_of(record)); }
   void erase(MappingRecord* record) noexcept { remove(entry_of(record)); }
+  /// A new name for a record; the old one is gone.
+  MappingId rename(MappingRecord* record) noexcept {
+    entries_.renew(entry_of(record));
+    return id_of(record);
+  }
 
   std::size_t size() const noexcept { return size_; }
   bool empty() const noexcept { return size_ == 0; }

@@ -8,8 +8,8 @@
 
 namespace iovane::engine {
 
-enum class OperationKind : std::uint8_t { map, unmap, replace, fence };
-inline constexpr std::size_t operation_kinds = 4;
+enum class OperationKind : std::uint8_t { map, unmap, replace, fence, flush };
+inline constexpr std::size_t operation_kinds = 5;
 
 /// The flat form of a MapRequest, UnmapRequest, ReplaceRequest or fence. Which member means what depends on the kind.
 struct Operation {

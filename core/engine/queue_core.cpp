@@ -4,26 +4,32 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <utility>
 
 #include "engine/space_core.hpp"
 
 namespace iovane::engine {
 
-QueueCore::QueueCore(std::shared_ptr<SpaceCore> space, std::uint32_t depth)
+QueueCore::QueueCore(std::shared_ptr<SpaceCore> space, const QueueConfig& config, Worker* worker)
     : LaneNode{Kind::work},
       space_{std::move(space)},
-      depth_{depth},
-      mask_{depth - 1},
-      operations_(depth),
-      completions_(depth) {}
+      worker_{worker},
+      never_block_{config.submit == SubmitMode::never_block},
+      hand_over_bytes_{config.hand_over.value != 0 ? config.hand_over.value : ~std::uint64_t{0}},
+      depth_{std::bit_ceil(config.depth)},
+      mask_{depth_ - 1},
+      operations_(depth_),
+      completions_(depth_) {}
 
 QueueCore::~QueueCore() {
   submit();
   std::array<Completion, 64> unread;
   while (outstanding() != 0) (void)wait(unread, 1, std::chrono::nanoseconds{-1});
   // The last delivery may still be on its way out of deliver(); whoever holds the lane is done with us once we held it.
-  const LaneHold settled{space_->lane()};
+  { const LaneHold settled{space_->lane()}; }
+  if (worker_ != nullptr) worker_->forget(hand_over_);
 }
 
 void QueueCore::submit() noexcept {
@@ -31,7 +37,18 @@ void QueueCore::submit() noexcept {
   if (published_.load(std::memory_order_relaxed) == staged_) return;
   // R.publish - release, pairs with A.publish in take_published().
   published_.store(staged_, std::memory_order_release);
-  if (mark_queued()) space_->lane().enter(*this);
+  const bool hand_over = never_block_ || staged_bytes_ >= hand_over_bytes_;
+  staged_bytes_ = 0;
+  if (!mark_queued()) return;
+  if (hand_over)
+    worker_->post(hand_over_);
+  else
+    space_->lane().enter(*this);
+}
+
+std::uint64_t QueueCore::HandOver::run_on_worker() noexcept {
+  queue_.space_->lane().enter(queue_);
+  return never;
 }
 
 std::size_t QueueCore::poll(std::span<Completion> out) noexcept {
@@ -83,7 +100,7 @@ std::size_t QueueCore::wait(std::span<Completion> out, std::size_t count_min,
   return count;
 }
 
-void QueueCore::run() noexcept { space_->executor().run(*this); }
+void QueueCore::run(bool for_another) noexcept { space_->executor().run(*this, for_another); }
 
 void QueueCore::deliver(std::uint32_t count) noexcept {
   executed_ += count;
@@ -99,6 +116,22 @@ void QueueCore::deliver(std::uint32_t count) noexcept {
     // A full counter (2^64-2 deliveries unread) is readable anyway; nothing else can fail on our own eventfd.
     [[maybe_unused]] const ssize_t written = ::write(target, &one, sizeof one);
   }
+  if (ring_post_) (void)ring_post_->post(count);  // what the kernel cannot post stays to be polled
+}
+
+Result<void> QueueCore::deliver_to_ring(int ring_fd, std::uint64_t user_data) noexcept {
+  std::unique_ptr<RingPost> post;
+  if (ring_fd >= 0) {
+    auto made = RingPost::create(ring_fd, user_data);
+    if (!made) return made.error();
+    post = *std::move(made);
+  }
+  const LaneHold held{space_->lane()};
+  ring_post_ = std::move(post);
+  // relaxed: the lane orders it.
+  const std::uint64_t unread = completed_.load(std::memory_order_relaxed) - taken_;
+  if (ring_post_ && unread != 0) (void)ring_post_->post(static_cast<std::uint32_t>(unread));
+  return {};
 }
 
 int QueueCore::event_fd() noexcept {

@@ -19,12 +19,16 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "base/cacheline.hpp"
 #include "base/unique_fd.hpp"
 #include "engine/lane.hpp"
 #include "engine/operation.hpp"
+#include "engine/ring_post.hpp"
+#include "engine/worker.hpp"
+#include "iovane/config.hpp"
 #include "iovane/request.hpp"
 
 namespace iovane::engine {
@@ -33,8 +37,8 @@ class SpaceCore;
 
 class QueueCore final : public LaneNode {
  public:
-  /// `depth` is a power of two. Throws std::bad_alloc (open_queue() turns it into an error).
-  QueueCore(std::shared_ptr<SpaceCore> space, std::uint32_t depth);
+  /// `worker`: for batches that are handed over; null where there are none. Throws std::bad_alloc.
+  QueueCore(std::shared_ptr<SpaceCore> space, const QueueConfig& config, Worker* worker);
   ~QueueCore();
 
   // --- The owner's side.
@@ -42,6 +46,7 @@ class QueueCore final : public LaneNode {
   template <typename Request>
   bool stage(const Request& request) noexcept {
     if (staged_ - taken_ == depth_) return false;
+    if constexpr (std::is_same_v<Request, MapRequest>) staged_bytes_ += request.memory.length.value;
     std::construct_at(&operations_[staged_++ & mask_], request);
     return true;
   }
@@ -49,11 +54,12 @@ class QueueCore final : public LaneNode {
   std::size_t poll(std::span<Completion> out) noexcept;
   std::size_t wait(std::span<Completion> out, std::size_t count_min, std::chrono::nanoseconds timeout) noexcept;
   int event_fd() noexcept;
+  Result<void> deliver_to_ring(int ring_fd, std::uint64_t user_data) noexcept;
   std::size_t space_left() const noexcept { return depth_ - (staged_ - taken_); }
   std::size_t outstanding() const noexcept { return staged_ - taken_; }
 
   // --- The lane holder's side.
-  void run() noexcept override;
+  void run(bool for_another) noexcept override;
   /// Forgets that the node was queued, then says how far the owner has published. In this order: an owner that
   /// publishes later queues the node again.
   std::uint64_t take_published() noexcept {
@@ -72,6 +78,16 @@ class QueueCore final : public LaneNode {
   bool link_broken = false;
 
  private:
+  /// The worker's errand: to enter the lane for the queue.
+  class HandOver final : public WorkerTask {
+   public:
+    explicit HandOver(QueueCore& queue) noexcept : queue_{queue} {}
+
+   private:
+    std::uint64_t run_on_worker() noexcept override;
+    QueueCore& queue_;
+  };
+
   /// True when the node has to be published in the lane; false when it waits there already.
   bool mark_queued() noexcept {
     // acquire-release: a holder that cleared the flag before us has read `published_` before us too, so we queue again;
@@ -80,6 +96,9 @@ class QueueCore final : public LaneNode {
   }
 
   const std::shared_ptr<SpaceCore> space_;
+  Worker* const worker_;
+  const bool never_block_;
+  const std::uint64_t hand_over_bytes_;  // batches that map so much go to the worker; UINT64_MAX: none
   const std::uint64_t depth_;
   const std::uint64_t mask_;
   std::vector<Operation> operations_;
@@ -89,6 +108,8 @@ class QueueCore final : public LaneNode {
   std::uint64_t staged_ = 0;
   std::uint64_t taken_ = 0;
   std::uint64_t completed_seen_ = 0;
+  std::uint64_t staged_bytes_ = 0;  // by maps, since the last submit
+  HandOver hand_over_{*this};
   base::UniqueFd event_fd_;
 
   alignas(base::cacheline_bytes) std::atomic<std::uint64_t> published_{0};
@@ -98,6 +119,7 @@ class QueueCore final : public LaneNode {
   alignas(base::cacheline_bytes) std::atomic<std::uint64_t> completed_{0};
   std::atomic<std::uint32_t> wakeups_{0};  // futex word: changes with every delivery that somebody waits for
   std::uint64_t executed_ = 0;
+  std::unique_ptr<RingPost> ring_post_;
 
   // Written by the owner before it sleeps, read by the holder after it published.
   alignas(base::cacheline_bytes) std::atomic<bool> sleeping_{false};

@@ -6,6 +6,7 @@
 
 #include "base/error_text.hpp"
 #include "engine/engine_core.hpp"
+#include "engine/queue_core.hpp"
 
 namespace iovane::engine {
 
@@ -25,7 +26,7 @@ class SyncCall final : public LaneNode {
   }
 
  private:
-  void run() noexcept override {
+  void run(bool) noexcept override {
     completion_ = executor_.run_one(operation_);
     done_.fire();  // the caller's frame, and with it this object, may be gone now
   }
@@ -36,6 +37,19 @@ class SyncCall final : public LaneNode {
   base::OneShot done_;
 };
 
+Error check_bounds(const AddressSpaceConfig& config) noexcept {
+  if (config.unmap == UnmapMode::strict) return {};
+  constexpr std::uint32_t mappings_bound = 1U << 20;
+  const RelaxedBounds& bounds = config.relaxed;
+  if (bounds.mappings_max == 0 || bounds.mappings_max > mappings_bound)
+    return fail(Errc::invalid_argument, Stage::open, 0, "relaxed.mappings_max {} is not between 1 and {}",
+                bounds.mappings_max, mappings_bound);
+  if (bounds.bytes_max.value == 0 || bounds.time_max.count() <= 0)
+    return make_error(Errc::invalid_argument, Stage::open,
+                      "relaxed.bytes_max and relaxed.time_max must be above zero; strict mode is what zero would mean");
+  return {};
+}
+
 }  // namespace
 
 Result<std::shared_ptr<SpaceCore>> SpaceCore::create(std::shared_ptr<EngineCore> engine,
@@ -45,10 +59,19 @@ Result<std::shared_ptr<SpaceCore>> SpaceCore::create(std::shared_ptr<EngineCore>
   options.dirty_tracking = config.dirty_tracking;
   auto backend = engine->backend().create_space(options);
   if (!backend) return backend.error();
-  auto index = MappingIndex::create(config.mappings_max);
+  if (const Error bad = check_bounds(config)) return bad;
+  const unsigned node = engine->nodes().here();
+  auto index = MappingIndex::create(config.mappings_max, engine->nodes().memory(node));
   if (!index) return index.error();
   try {
-    std::shared_ptr<SpaceCore> core{new SpaceCore{std::move(engine), config, *std::move(backend), *std::move(index)}};
+    std::shared_ptr<SpaceCore> core{
+        new SpaceCore{std::move(engine), node, config, *std::move(backend), *std::move(index)}};
+    if (config.unmap == UnmapMode::relaxed) {
+      if (const auto started = core->start_worker(); !started) return started.error();
+      core->state_.stale = std::make_unique<StaleSet>(config.relaxed, slice_operations_max);
+      core->flusher_ = std::make_unique<StaleFlusher>(*core->worker_, core->lane_, core->state_, *core->executor_);
+      core->state_.stale_timer = core->flusher_.get();
+    }
     if (const auto ready = core->refresh_usable(); !ready) return ready.error();
     if (config.layout == LayoutPolicy::fixed && !config.promised.empty() &&
         has(core->state_.backend->facts().capabilities, backends::Capability::promise_ranges)) {
@@ -60,11 +83,15 @@ Result<std::shared_ptr<SpaceCore>> SpaceCore::create(std::shared_ptr<EngineCore>
   }
 }
 
-SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, const AddressSpaceConfig& config,
+SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const AddressSpaceConfig& config,
                      std::unique_ptr<backends::BackendSpace> backend, MappingIndex index)
     : engine_{std::move(engine)},
+      node_{node},
       config_{config},
-      state_{std::move(backend), std::move(index), MemoryTable{config.memories_max}, nullptr, {}, {}, false, {}, false},
+      state_{.backend = std::move(backend),
+             .index = std::move(index),
+             .memories = MemoryTable{config.memories_max},
+             .counters = &counters_},
       executor_{std::make_unique<BatchExecutor>(state_)} {
   facts_.backend = engine_->backend_name();
   refresh_facts();
@@ -73,12 +100,53 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, const AddressSpaceConfi
 SpaceCore::~SpaceCore() { close(); }
 
 void SpaceCore::close() noexcept {
-  const LaneHold held{lane_};
-  if (state_.closed) return;
-  // What the kernel refuses to unmap goes when its object closes; nothing of ours names it any more.
-  (void)executor_->unmap_all();
-  state_.closed = true;
-  state_.backend.reset();
+  {
+    const LaneHold held{lane_};
+    if (state_.closed) return;
+    // What the kernel refuses to unmap goes when its object closes; nothing of ours names it any more.
+    (void)executor_->unmap_all();
+    state_.closed = true;
+    state_.backend.reset();
+    state_.stale_timer = nullptr;
+    lane_.set_relief(nullptr);
+  }
+  // Nobody posts these any more. Outside of the lane: the worker may be waiting for it.
+  if (flusher_) worker_->forget(*flusher_);
+  if (relief_) worker_->forget(*relief_);
+}
+
+Result<void> SpaceCore::start_worker() {
+  const std::lock_guard held{worker_lock_};
+  if (worker_ != nullptr) return {};
+  const auto worker = engine_->nodes().worker(node_);
+  if (!worker) return worker.error();
+  auto relief = std::make_unique<Relief>(**worker, lane_, state_);
+  const LaneHold lane{lane_};
+  if (state_.closed) return closed_error();
+  worker_ = *worker;
+  relief_ = std::move(relief);
+  lane_.set_relief(relief_.get());
+  return {};
+}
+
+Result<std::unique_ptr<QueueCore>> SpaceCore::open_queue(const QueueConfig& config) {
+  constexpr std::uint32_t depth_max = 65536;
+  if (config.depth == 0 || config.depth > depth_max)
+    return fail(Errc::invalid_argument, Stage::open, 0, "queue depth {} is not between 1 and {}", config.depth,
+                depth_max);
+  try {
+    const bool needs_worker = config.submit == SubmitMode::never_block || config.hand_over.value != 0;
+    // The second queue makes it possible that one thread serves another: from here on somebody can relieve it. Without
+    // a worker it is served all the same.
+    const bool wants_worker = queues_opened_.fetch_add(1, std::memory_order_relaxed) != 0;  // relaxed: a count
+    if (needs_worker || wants_worker) {
+      const auto started = start_worker();
+      if (!started && needs_worker) return started.error();
+    }
+    return std::make_unique<QueueCore>(shared_from_this(), config, needs_worker ? worker_ : nullptr);
+  } catch (const std::bad_alloc&) {
+    return fail(Errc::out_of_memory, Stage::open, 0, "no memory for a queue of depth {}", config.depth);
+  }
 }
 
 Error SpaceCore::closed_error() const noexcept {
@@ -94,6 +162,7 @@ Completion SpaceCore::run_now(const Operation& operation) noexcept {
 Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
+  (void)executor_->flush_stale();  // what counts against the new device's holes is what is live
   auto attached = state_.backend->attach({device.pci_address, device.cdev_fd, device.group_fd});
   if (!attached) return attached.error();
   if (const auto refreshed = refresh_usable(); !refreshed) {
@@ -108,6 +177,7 @@ Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
 Result<void> SpaceCore::detach(std::uint32_t device_id) {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
+  (void)executor_->flush_stale();
   if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached;
   refresh_facts();
   return refresh_usable();
@@ -189,6 +259,10 @@ void SpaceCore::unregister_memory(MemoryId memory) noexcept {
   if (state_.backend->unregister_memory(entry.region)) state_.memories.forget(*index);
 }
 
+bool SpaceCore::is_stale(MappingId mapping) const noexcept {
+  return state_.index.find(mapping)->state == MappingState::stale;
+}
+
 MappingInfo SpaceCore::describe(MappingId mapping) const noexcept {
   const MappingRecord& record = *state_.index.find(mapping);
   MappingInfo info;
@@ -206,14 +280,15 @@ Result<MappingInfo> SpaceCore::find(Iova iova) noexcept {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   const MappingId mapping = state_.index.covering(iova);
-  if (!mapping) return fail(Errc::not_found, Stage::query, 0, "nothing is mapped at IOVA {:#x}", iova.value);
+  if (!mapping || is_stale(mapping))
+    return fail(Errc::not_found, Stage::query, 0, "nothing is mapped at IOVA {:#x}", iova.value);
   return describe(mapping);
 }
 
 Result<MappingInfo> SpaceCore::info(MappingId mapping) noexcept {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
-  if (state_.index.find(mapping) == nullptr)
+  if (state_.index.find(mapping) == nullptr || is_stale(mapping))
     return make_error(Errc::stale_handle, Stage::query, "the mapping it names is gone");
   return describe(mapping);
 }
@@ -222,6 +297,7 @@ void SpaceCore::for_each(IovaRange range, const std::function<bool(const Mapping
   const LaneHold held{lane_};
   if (state_.closed) return;
   for (MappingId id = state_.index.first_in(range); id; id = state_.index.next(id)) {
+    if (is_stale(id)) continue;
     const MappingInfo info = describe(id);
     if (!info.range.overlaps(range) || !visit(info)) break;
   }
@@ -233,12 +309,12 @@ Result<Bytes> SpaceCore::unmap_all() noexcept {
   return executor_->unmap_all();
 }
 
-Stats SpaceCore::stats() noexcept {
+Result<Bytes> SpaceCore::flush() noexcept {
   const LaneHold held{lane_};
-  Stats stats = state_.stats;
-  stats.live_mappings = state_.index.size() - stats.quarantined_mappings;
-  stats.live_bytes = Bytes{state_.index.bytes().value - stats.quarantined_bytes.value};
-  return stats;
+  if (state_.closed) return closed_error();
+  return executor_->flush_stale();
 }
+
+Stats SpaceCore::stats() const noexcept { return stats_of(*state_.counters); }
 
 }  // namespace iovane::engine

@@ -1,19 +1,23 @@
 // SpaceCore: an address space behind its public handle.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "engine/batch_executor.hpp"
 #include "engine/lane.hpp"
+#include "engine/lane_tasks.hpp"
 #include "engine/space_state.hpp"
 #include "iovane/address_space.hpp"
 
 namespace iovane::engine {
 
 class EngineCore;
+class QueueCore;
 
 /// Shared by the AddressSpace, its queues, leases and registered memories; the last of them ends it. After close() the
 /// kernel objects are gone and every call answers Errc::closed.
@@ -28,6 +32,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   /// The lane's holder only.
   BatchExecutor& executor() noexcept { return *executor_; }
 
+  /// Errors: invalid_argument, out_of_memory, and those of starting a worker where the queue needs one.
+  Result<std::unique_ptr<QueueCore>> open_queue(const QueueConfig& config);
   Completion run_now(const Operation& operation) noexcept;
   Result<DeviceInfo> attach(const DeviceConfig& device);
   Result<void> detach(std::uint32_t device_id);
@@ -38,23 +44,35 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<MappingInfo> info(MappingId mapping) noexcept;
   void for_each(IovaRange range, const std::function<bool(const MappingInfo&)>& visit);
   Result<Bytes> unmap_all() noexcept;
-  Stats stats() noexcept;
+  Result<Bytes> flush() noexcept;
+  Stats stats() const noexcept;
   void close() noexcept;
 
  private:
-  SpaceCore(std::shared_ptr<EngineCore> engine, const AddressSpaceConfig& config,
+  SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const AddressSpaceConfig& config,
             std::unique_ptr<backends::BackendSpace> backend, MappingIndex index);
+  /// Makes worker_ the node's worker, once. Not with the lane held.
+  Result<void> start_worker();
   /// Called with the lane held.
   Result<void> refresh_usable();
   void refresh_facts();
+  /// Of a mapping that is there.
+  bool is_stale(MappingId mapping) const noexcept;
   MappingInfo describe(MappingId mapping) const noexcept;
   Error closed_error() const noexcept;
 
   const std::shared_ptr<EngineCore> engine_;  // keeps the backend open
+  const unsigned node_;
   const AddressSpaceConfig config_;
   Lane lane_;
+  SpaceCounters counters_;
   SpaceState state_;
   std::unique_ptr<BatchExecutor> executor_;
+  std::mutex worker_lock_;
+  Worker* worker_ = nullptr;  // the engine's; set once
+  std::unique_ptr<StaleFlusher> flusher_;
+  std::unique_ptr<Relief> relief_;
+  std::atomic<std::uint32_t> queues_opened_{0};
   AddressSpaceFacts facts_;
 };
 

@@ -8,9 +8,10 @@
 #include "backends/backend.hpp"
 #include "engine/mapping_index.hpp"
 #include "engine/memory_table.hpp"
+#include "engine/space_counters.hpp"
+#include "engine/stale_set.hpp"
 #include "iova/interval_allocator.hpp"
 #include "iovane/config.hpp"
-#include "iovane/stats.hpp"
 #include "iovane/types.hpp"
 
 namespace iovane::engine {
@@ -24,9 +25,13 @@ struct SpaceState {
   MappingIndex index;
   MemoryTable memories;
   /// Null when the caller chooses every IOVA: then the index alone says what is taken.
-  std::unique_ptr<iova::IntervalAllocator> allocator;
-  std::vector<IovaRange> usable;  ///< sorted, disjoint
-  Stats stats;
+  std::unique_ptr<iova::IntervalAllocator> allocator{};
+  std::vector<IovaRange> usable{};  ///< sorted, disjoint
+  /// Never null; perhaps in a page that other processes read.
+  SpaceCounters* counters = nullptr;
+  StaleTimer* stale_timer = nullptr;  ///< null: none runs
+  bool stale_timer_armed = false;
+  std::unique_ptr<StaleSet> stale{};  ///< null in strict mode
   bool closed = false;
   Bytes granule{4096};       ///< of the backend's facts, as of the last attach
   bool map_by_copy = false;  ///< maps of registered memory go through its pin

@@ -22,6 +22,7 @@ class RecordingSpace final : public backends::BackendSpace {
     IovaRange range;
     std::uint64_t memory;
     Access access;
+    backends::RegionId region{};
   };
 
   RecordingSpace() { facts_.capabilities = backends::Capability::span_unmap | backends::Capability::unmap_all; }
@@ -34,6 +35,7 @@ class RecordingSpace final : public backends::BackendSpace {
   std::function<Error(const Op&)> fail = [](const Op&) { return Error{}; };
   std::function<void()> before_batch = [] {};
   std::uint32_t regions_live = 0;
+  std::uint32_t regions_dropped_early = 0;  ///< mappings that lived when their region was unregistered
 
   const backends::SpaceFacts& facts() const noexcept override { return facts_; }
 
@@ -53,8 +55,9 @@ class RecordingSpace final : public backends::BackendSpace {
     ++regions_live;
     return backends::RegionId{++last_region_};
   }
-  Result<void> unregister_memory(backends::RegionId) override {
+  Result<void> unregister_memory(backends::RegionId region) override {
     --regions_live;
+    for (const auto& [start, mapping] : live) regions_dropped_early += mapping.region == region ? 1 : 0;
     return {};
   }
   Result<backends::AttachedDevice> attach(const backends::DeviceSource& source) override {
@@ -78,7 +81,7 @@ class RecordingSpace final : public backends::BackendSpace {
     for (const auto& [start, mapping] : live)
       if (mapping.range.overlaps(op.range))
         return {make_error(Errc::iova_busy, Stage::map, EEXIST, "live in the backend"), {}};
-    live[op.range.start.value] = {op.range, op.memory, op.access};
+    live[op.range.start.value] = {op.range, op.memory, op.access, op.region};
     return {{}, op.range.length()};
   }
   // Removes mapping by mapping in address order, and stops at the first that is told to fail.

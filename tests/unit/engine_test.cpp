@@ -84,6 +84,20 @@ TEST_F(EngineTest, MapsABatchInOneBackendCallAndCompletesEveryOperation) {
   EXPECT_EQ(backend_->live.size(), 8U);
 }
 
+TEST_F(EngineTest, AMapIntoAHoleOfAWideUnmapOfTheSameBatch) {
+  map(16);
+  map(18);
+  stage(UnmapRequest::of(pages(16, 3)));
+  stage(map_at(17));
+  const auto done = run();
+  ASSERT_EQ(done.size(), 2U);
+  EXPECT_TRUE(done[0].ok()) << done[0].error.message();
+  EXPECT_EQ(done[0].bytes, 8_KiB);
+  EXPECT_TRUE(done[1].ok()) << done[1].error.message();
+  ASSERT_EQ(backend_->live.size(), 1U);
+  EXPECT_EQ(backend_->live.begin()->first, 17 * page);
+}
+
 TEST_F(EngineTest, NeverMergesMapsOfDifferentRequests) {
   stage(map_at(16));
   stage(map_at(17));  // IOVA and memory both continue the first

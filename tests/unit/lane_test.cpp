@@ -15,7 +15,7 @@ class Job final : public LaneNode {
   explicit Job(std::function<void()> work) : LaneNode{Kind::work}, work_{std::move(work)} {}
 
  private:
-  void run() noexcept override { work_(); }
+  void run(bool) noexcept override { work_(); }
   std::function<void()> work_;
 };
 

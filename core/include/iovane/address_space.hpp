@@ -140,6 +140,9 @@ class AddressSpace {
   Result<Mapping> adopt(MappingId mapping) noexcept;
   /// Removes everything; the number of bytes removed.
   Result<Bytes> unmap_all() noexcept;
+  /// Relaxed mode: makes every deferred unmap happen now; the bytes that devices can no longer reach. Zero in strict
+  /// mode. What the kernel fails to unmap is quarantined and not in the number.
+  Result<Bytes> flush() noexcept;
 
   /// The mapping that covers an address; not_found when none does.
   Result<MappingInfo> find(Iova iova) const noexcept;

@@ -1,7 +1,9 @@
 // Every setting and every bound, with its default.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -15,6 +17,19 @@ enum class DescriptorUse : std::uint8_t {
   duplicate,  ///< duplicated (close-on-exec); the caller may close its own at once
 };
 
+/// The engine's own threads: one per NUMA node, started when something first needs them (relaxed unmaps, queues that
+/// must not block, address spaces with several queues). They block all signals and are called iovane-w<number>.
+struct WorkerConfig {
+  bool enabled = true;  ///< false: what needs a worker is refused
+  bool pin = true;      ///< run on the CPUs of the node only, where there are several nodes
+  /// How long an idle worker looks for work before it sleeps; 0 for never. A sleeping worker costs its caller a wake of
+  /// some 70 microseconds.
+  std::chrono::nanoseconds spin{0};
+  /// Called first thing on each worker's thread, with its number: the place for a host's own seccomp filter or control
+  /// group. The calls that a worker makes are in docs/ARCHITECTURE.md.
+  std::function<void(unsigned)> on_start{};
+};
+
 struct EngineConfig {
   /// "auto", "iommufd", "type1" (v2), "type1-v1", "compat", "compat-v1" (type1's calls on /dev/iommu), or the software
   /// IOMMU: "model", "model:type1", "model:type1-v1", "model:compat", "model:compat-v1".
@@ -24,6 +39,7 @@ struct EngineConfig {
   /// An open /dev/vfio/vfio, or -1.
   int container_fd = -1;
   DescriptorUse descriptors = DescriptorUse::borrow;
+  WorkerConfig workers{};
 };
 
 /// Who decides IOVAs.
@@ -31,6 +47,20 @@ enum class LayoutPolicy : std::uint8_t {
   engine_managed,    ///< the engine chooses; fixed placements are allowed beside
   fixed,             ///< the caller chooses inside `promised` ranges, which every later attach must respect
   host_constrained,  ///< the caller chooses inside the ranges usable at creation plus first attaches; see docs
+};
+
+/// When a device can no longer reach unmapped memory.
+enum class UnmapMode : std::uint8_t {
+  strict,   ///< when the unmap completes
+  relaxed,  ///< a bounded time later; the unmap completes at once. Like Linux's lazy mode, it weakens the protection
+            ///< from one's own device for that time, never the host's
+};
+
+/// Whichever is reached first makes the deferred unmaps happen.
+struct RelaxedBounds {
+  std::uint32_t mappings_max = 4096;                                 ///< 1 to 2^20
+  Bytes bytes_max{std::uint64_t{256} << 20};                         ///< at least 1
+  std::chrono::nanoseconds time_max{std::chrono::milliseconds{10}};  ///< at least 1 ns
 };
 
 struct AddressSpaceConfig {
@@ -41,11 +71,22 @@ struct AddressSpaceConfig {
   std::uint32_t memories_max = 1U << 16;  ///< registered memories
   bool large_iopte = true;                ///< false: granule-sized IOPTEs only (a measurement knob of iommufd)
   bool dirty_tracking = false;
+  UnmapMode unmap = UnmapMode::strict;
+  RelaxedBounds relaxed{};  ///< UnmapMode::relaxed
+};
+
+/// Who executes a batch.
+enum class SubmitMode : std::uint8_t {
+  combine,      ///< the submitting thread, or whoever is at work in the address space already
+  never_block,  ///< a worker, always: submit() costs a hand-over and returns
 };
 
 struct QueueConfig {
   /// Operations between stage() and poll(): the bound of both rings. Rounded up to a power of two; 1 to 65536.
   std::uint32_t depth = 256;
+  SubmitMode submit = SubmitMode::combine;
+  /// Batches that map at least so much are handed to a worker too: pinning takes milliseconds per GiB. 0: none.
+  Bytes hand_over{0};
 };
 
 /// A device, by any of the ways a sandboxed caller may hold it.

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "iovane/request.hpp"
+#include "iovane/result.hpp"
 
 namespace iovane {
 
@@ -36,6 +37,10 @@ class Queue {
   /// Everything staged before is final before anything staged after begins. Completes like an operation.
   [[nodiscard]] bool stage_fence(std::uint64_t user_data) noexcept;
 
+  /// Relaxed mode: when it completes, no device can reach what was unmapped before it; `bytes` says how much that was.
+  /// A fence in strict mode.
+  [[nodiscard]] bool stage_flush(std::uint64_t user_data) noexcept;
+
   /// Stages a prefix in order; returns its length, short only when the queue is full.
   template <typename Request>
   [[nodiscard]] std::size_t stage(std::span<const Request> requests) noexcept {
@@ -55,6 +60,12 @@ class Queue {
   /// An eventfd that becomes readable when completions arrive while none were waiting; created on first use, -1 when
   /// that failed. Read it (it is a counter), then poll() until empty. Owned by the queue.
   [[nodiscard]] int event_fd() noexcept;
+
+  /// From now on posts an entry into the caller's own io_uring whenever completions arrive: user_data as given, res =
+  /// how many; poll() takes them. The ring (its ring_fd) is borrowed until the queue is destroyed or another is given;
+  /// -1 ends it. Costs whoever executes the batch one system call per batch. What is unread already is announced at
+  /// once. Errors: unsupported, invalid_argument (not a ring); then nothing changes.
+  Result<void> deliver_to_ring(int ring_fd, std::uint64_t user_data) noexcept;
 
   /// Places left for stage().
   [[nodiscard]] std::size_t space_left() const noexcept;

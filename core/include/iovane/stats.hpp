@@ -7,7 +7,17 @@
 
 namespace iovane {
 
-/// A snapshot; counters only grow, gauges are of the moment. Counters of one address space are mutually consistent.
+/// Percentiles of a duration, in nanoseconds; at most an eighth above the true value.
+struct DurationSummary {
+  std::uint64_t count = 0;
+  std::uint64_t p50_ns = 0;
+  std::uint64_t p99_ns = 0;
+  std::uint64_t p999_ns = 0;
+  std::uint64_t greatest_ns = 0;  ///< exact
+};
+
+/// A snapshot, taken without a lock while batches run; exact, and consistent in itself, when none does. Counters only
+/// grow, gauges are of the moment.
 struct Stats {
   std::uint64_t maps = 0;                  ///< completed without error
   std::uint64_t unmaps = 0;                ///< completed without error
@@ -19,10 +29,23 @@ struct Stats {
   std::uint64_t cancelled_pairs = 0;       ///< maps that their unmap overtook in the same batch: no call at all
   std::uint64_t retries = 0;               ///< backend operations repeated in parts after a merged one failed
   std::uint64_t combined_batches = 0;      ///< batches that another thread's submit() executed
+  std::uint64_t handed_over = 0;           ///< times that a worker took the lane over from a caller
   std::uint64_t live_mappings = 0;         ///< gauge
   Bytes live_bytes{};                      ///< gauge
   std::uint64_t quarantined_mappings = 0;  ///< gauge: unmaps that the kernel failed
   Bytes quarantined_bytes{};               ///< gauge
+
+  // Relaxed mode only:
+  std::uint64_t flushes = 0;         ///< times that stale mappings were unmapped
+  std::uint64_t flushed = 0;         ///< stale mappings that were unmapped
+  std::uint64_t revived = 0;         ///< stale mappings that a map of the same range and memory found and took
+  std::uint64_t stale_mappings = 0;  ///< gauge: unmapped for the caller, still reachable for devices
+  Bytes stale_bytes{};               ///< gauge
+  std::uint64_t stale_mappings_peak = 0;
+  Bytes stale_bytes_peak{};
+  DurationSummary stale_window{};  ///< from a relaxed unmap's completion until no device could reach the memory
+
+  DurationSummary batch_time{};  ///< planning and executing a batch; every sixteenth batch is timed
 };
 
 }  // namespace iovane

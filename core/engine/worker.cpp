@@ -1,0 +1,196 @@
+#include "engine/worker.hpp"
+
+#include <fmt/format.h>
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <system_error>
+#include <utility>
+
+#include "base/cpu_relax.hpp"
+#include "base/error_text.hpp"
+#include "base/fault_point.hpp"
+#include "base/futex.hpp"
+#include "engine/monotonic.hpp"
+
+namespace iovane::engine {
+
+/// The last thing that a worker hears of a task.
+class Worker::Farewell final : public WorkerTask {
+ public:
+  Farewell(Worker& worker, WorkerTask& task) noexcept : WorkerTask{true}, worker_{worker}, task_{task} {}
+  void wait() noexcept { done_.wait(); }
+  void take() noexcept {
+    worker_.set_timer(task_, never);
+    done_.fire();
+  }
+
+ private:
+  std::uint64_t run_on_worker() noexcept override { return never; }
+  Worker& worker_;
+  WorkerTask& task_;
+  base::OneShot done_;
+};
+
+Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const base::Topology* topology, unsigned node,
+                                              unsigned index) {
+  auto wait = WaitPoint::create();
+  if (!wait) return wait.error();
+  try {
+    std::unique_ptr<Worker> worker{new Worker{config, *std::move(wait)}};
+    const std::string name = fmt::format("iovane-w{}", index).substr(0, 15);
+    // A new thread inherits the mask: signals are the host's business, none may ever be handled here.
+    sigset_t all;
+    sigset_t before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      if (base::fault_now(base::FaultKind::allocation)) throw std::system_error{EAGAIN, std::system_category()};
+      worker->thread_ =
+          std::thread{[self = worker.get(), name, topology, node, index, pin = config.pin, on_start = config.on_start] {
+            pthread_setname_np(pthread_self(), name.c_str());
+            // Where it may not be pinned it runs anywhere: slower, not wrong.
+            if (pin && topology != nullptr && topology->node_count() > 1) (void)topology->pin_this_thread(node);
+            if (on_start) on_start(index);
+            self->main();
+          }};
+    } catch (const std::system_error& refused) {
+      pthread_sigmask(SIG_SETMASK, &before, nullptr);
+      return base::fail(Errc::out_of_memory, Stage::open, refused.code().value(),
+                        "no thread for worker {}; the limit of processes (ulimit -u, pids.max) may be reached", name);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return worker;
+  } catch (const std::bad_alloc&) {
+    return make_error(Errc::out_of_memory, Stage::open, "no memory for a worker");
+  }
+}
+
+Worker::~Worker() {
+  if (!thread_.joinable()) return;
+  // sequentially consistent: with sleeping_, as a post.
+  stopping_.store(true, std::memory_order_seq_cst);
+  wait_->ring();
+  thread_.join();
+}
+
+void Worker::push(WorkerTask& task) noexcept {
+  // relaxed: only a guess for the CAS.
+  WorkerTask* seen = head_.load(std::memory_order_relaxed);
+  do {
+    task.next_posted_ = seen;
+    // R.post - sequentially consistent: release for A.take, and before the load of sleeping_ (I2).
+  } while (!head_.compare_exchange_weak(seen, &task, std::memory_order_seq_cst, std::memory_order_relaxed));
+  if (sleeping_.load(std::memory_order_seq_cst) && sleeping_.exchange(false, std::memory_order_seq_cst)) wait_->ring();
+}
+
+void Worker::post(WorkerTask& task) noexcept {
+  // acquire-release: see Edges.
+  if (!task.posted_.exchange(true, std::memory_order_acq_rel)) push(task);
+}
+
+void Worker::forget(WorkerTask& task) noexcept {
+  Farewell farewell{*this, task};
+  push(farewell);
+  farewell.wait();
+}
+
+void Worker::main() noexcept {
+  for (;;) {
+    const bool worked = run_posted();
+    const std::uint64_t next = run_timers();
+    if (worked) continue;
+    // sequentially consistent, pairs with the destructor's store.
+    if (stopping_.load(std::memory_order_seq_cst)) return;
+    if (!spin()) rest(next);
+  }
+}
+
+bool Worker::run_posted() noexcept {
+  // A.take - acquire, pairs with R.post.
+  WorkerTask* newest = head_.exchange(nullptr, std::memory_order_acquire);
+  if (newest == nullptr) return false;
+  WorkerTask* oldest = nullptr;
+  while (newest != nullptr) {
+    WorkerTask* const next = newest->next_posted_;
+    newest->next_posted_ = oldest;
+    oldest = newest;
+    newest = next;
+  }
+  while (oldest != nullptr) {
+    WorkerTask& task = *oldest;
+    oldest = task.next_posted_;
+    if (task.is_farewell_) {
+      static_cast<Farewell&>(task).take();  // it and the task that it names may be gone now
+      continue;
+    }
+    // acquire-release: see Edges. From here on it may be posted again.
+    task.posted_.exchange(false, std::memory_order_acq_rel);
+    run(task);
+  }
+  return true;
+}
+
+void Worker::run(WorkerTask& task) noexcept { set_timer(task, task.run_on_worker()); }
+
+void Worker::set_timer(WorkerTask& task, std::uint64_t deadline_ns) noexcept {
+  task.deadline_ns_ = deadline_ns;
+  const bool wanted = deadline_ns != WorkerTask::never;
+  const bool there = task.timer_link_ != nullptr;
+  if (wanted == there) return;
+  if (wanted) {
+    task.next_timer_ = timers_;
+    if (timers_ != nullptr) timers_->timer_link_ = &task.next_timer_;
+    timers_ = &task;
+    task.timer_link_ = &timers_;
+  } else {
+    *task.timer_link_ = task.next_timer_;
+    if (task.next_timer_ != nullptr) task.next_timer_->timer_link_ = task.timer_link_;
+    task.timer_link_ = nullptr;
+  }
+}
+
+std::uint64_t Worker::run_timers() noexcept {
+  if (timers_ == nullptr) return WorkerTask::never;
+  const std::uint64_t now = monotonic_ns();
+  std::uint64_t next = WorkerTask::never;
+  for (WorkerTask* task = timers_; task != nullptr;) {
+    WorkerTask* const following = task->next_timer_;  // running it may take it out
+    if (task->deadline_ns_ <= now) run(*task);
+    next = std::min(next, task->deadline_ns_);
+    task = following;
+  }
+  return next;
+}
+
+/// Looks for work for a little while; true when there is some.
+bool Worker::spin() const noexcept {
+  if (spin_.count() <= 0) return false;
+  const std::uint64_t until = monotonic_ns() + static_cast<std::uint64_t>(spin_.count());
+  do {
+    for (int i = 0; i < 64; ++i) {
+      // relaxed: a look; run_posted() takes with acquire.
+      if (head_.load(std::memory_order_relaxed) != nullptr || stopping_.load(std::memory_order_relaxed)) return true;
+      base::cpu_relax();
+    }
+  } while (monotonic_ns() < until);
+  return false;
+}
+
+void Worker::rest(std::uint64_t deadline_ns) noexcept {
+  // sequentially consistent, all three: I2, a store before loads.
+  sleeping_.store(true, std::memory_order_seq_cst);
+  if (head_.load(std::memory_order_seq_cst) == nullptr && !stopping_.load(std::memory_order_seq_cst)) {
+    std::chrono::nanoseconds timeout{-1};
+    if (deadline_ns != WorkerTask::never) {
+      const std::uint64_t now = monotonic_ns();
+      timeout = std::chrono::nanoseconds{deadline_ns > now ? static_cast<std::int64_t>(deadline_ns - now) : 0};
+    }
+    wait_->sleep(timeout);
+  }
+  // relaxed: at worst one needless ring.
+  sleeping_.store(false, std::memory_order_relaxed);
+}
+
+}  // namespace iovane::engine

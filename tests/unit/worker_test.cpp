@@ -1,0 +1,269 @@
+// The worker's thread, and what it does for address spaces.
+#include "engine/worker.hpp"
+
+#include <gtest/gtest.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine/engine_core.hpp"
+#include "engine/lane.hpp"
+#include "engine/monotonic.hpp"
+#include "iovane/engine.hpp"
+#include "support/recording_backend.hpp"
+
+namespace iovane::engine {
+namespace {
+
+using namespace std::chrono_literals;
+using iovane::literals::operator""_KiB;
+
+class Tick final : public WorkerTask {
+ public:
+  std::atomic<int> runs{0};
+  std::atomic<int> again{0};  // how often it asks to run again
+  std::atomic<std::thread::id> ran_on{};
+
+ private:
+  std::uint64_t run_on_worker() noexcept override {
+    ran_on.store(std::this_thread::get_id(), std::memory_order_relaxed);
+    const bool more = again.fetch_sub(1, std::memory_order_relaxed) > 0;
+    runs.fetch_add(1, std::memory_order_release);  // what came before is seen by who waits for it
+    return more ? monotonic_ns() + 100'000 : never;
+  }
+};
+
+void wait_for(const std::atomic<int>& value, int at_least) {
+  const auto begun = std::chrono::steady_clock::now();
+  while (value < at_least) {
+    ASSERT_LT(std::chrono::steady_clock::now() - begun, 20s);
+    std::this_thread::sleep_for(100us);
+  }
+}
+
+TEST(Worker, RunsWhatIsPostedOnItsOwnThreadAlsoAfterSleeping) {
+  auto worker = *Worker::start({}, nullptr, 0, 0);
+  Tick tick;
+  for (int i = 1; i <= 3; ++i) {
+    worker->post(tick);
+    wait_for(tick.runs, i);
+    std::this_thread::sleep_for(2ms);  // long enough to fall asleep
+  }
+  EXPECT_NE(tick.ran_on.load(std::memory_order_relaxed), std::this_thread::get_id());
+  worker->forget(tick);
+}
+
+TEST(Worker, RunsTimersUntilTheyAreForgotten) {
+  auto worker = *Worker::start({}, nullptr, 0, 0);
+  Tick few;
+  few.again = 5;
+  Tick endless;
+  endless.again = 1 << 30;
+  worker->post(few);
+  worker->post(endless);
+  wait_for(few.runs, 6);
+  wait_for(endless.runs, 10);
+  worker->forget(endless);
+  const int then = endless.runs;
+  std::this_thread::sleep_for(2ms);
+  EXPECT_EQ(endless.runs, then);
+  EXPECT_EQ(few.runs, 6);
+  worker->forget(few);
+}
+
+TEST(Worker, EndsWithWhatWasPostedDone) {
+  Tick tick;
+  {
+    auto worker = *Worker::start({.spin = 50us}, nullptr, 0, 0);
+    worker->post(tick);
+  }
+  EXPECT_EQ(tick.runs, 1);
+}
+
+TEST(Worker, HasANameAndBlocksEverySignal) {
+  std::atomic<int> looked{0};
+  std::array<char, 16> name{};
+  sigset_t blocked;
+  WorkerConfig config;
+  config.on_start = [&](unsigned number) {
+    EXPECT_EQ(number, 3U);
+    pthread_getname_np(pthread_self(), name.data(), name.size());
+    pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+    looked.fetch_add(1, std::memory_order_release);
+  };
+  auto worker = *Worker::start(config, nullptr, 0, 3);
+  wait_for(looked, 1);
+  EXPECT_STREQ(name.data(), "iovane-w3");
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1, SIGCHLD, SIGALRM, SIGPIPE})
+    EXPECT_TRUE(sigismember(&blocked, signal));
+  sigset_t ours;
+  pthread_sigmask(SIG_SETMASK, nullptr, &ours);
+  EXPECT_FALSE(sigismember(&ours, SIGUSR1)) << "the caller's mask is as before";
+}
+
+// --- In an address space
+
+class SpaceWithWorker : public ::testing::Test {
+ protected:
+  void open(WorkerConfig workers = {}) {
+    engine_ = EngineAccess::open(std::make_unique<testing::RecordingBackend>(backend_), "recording", workers);
+    AddressSpaceConfig config;
+    config.layout = LayoutPolicy::fixed;
+    config.unmap = UnmapMode::relaxed;
+    config.relaxed.time_max = 1ms;
+    auto space = engine_.create_address_space(config);
+    ASSERT_TRUE(space) << space.error().message();
+    space_ = *std::move(space);
+  }
+  static MapRequest map_at(std::uint64_t page, Bytes length = 4_KiB) {
+    MapRequest request;
+    request.memory = {{}, 0x7000'0000, length};
+    request.placement = Placement::fixed(Iova{page * 4096});
+    return request;
+  }
+  Engine engine_;
+  AddressSpace space_;
+  testing::RecordingSpace* backend_ = nullptr;
+};
+
+TEST_F(SpaceWithWorker, AQueueThatNeverBlocksLeavesItsBatchToTheWorker) {
+  open();
+  std::thread::id ran_on;
+  backend_->before_batch = [&] { ran_on = std::this_thread::get_id(); };
+  Queue queue = *space_.open_queue({.submit = SubmitMode::never_block});
+  for (std::uint64_t round = 0; round < 50; ++round) {
+    for (std::uint64_t i = 0; i < 4; ++i) ASSERT_TRUE(queue.stage(map_at(16 + 4 * round + i)));
+    queue.submit();
+    std::array<Completion, 4> done;
+    ASSERT_EQ(queue.wait(done, 4, 20s), 4U);
+    for (const Completion& completion : done) ASSERT_TRUE(completion.ok()) << completion.error.message();
+    ASSERT_NE(ran_on, std::this_thread::get_id());
+  }
+}
+
+TEST_F(SpaceWithWorker, LargePopulationsAreHandedOverAndSmallBatchesAreNot) {
+  open();
+  std::thread::id ran_on;
+  backend_->before_batch = [&] { ran_on = std::this_thread::get_id(); };
+  Queue queue = *space_.open_queue({.hand_over = 64_KiB});
+  std::array<Completion, 1> done;
+  ASSERT_TRUE(queue.stage(map_at(16)));
+  queue.submit();
+  ASSERT_EQ(queue.wait(done, 1, 20s), 1U);
+  EXPECT_EQ(ran_on, std::this_thread::get_id());
+  ASSERT_TRUE(queue.stage(map_at(64, 64_KiB)));
+  queue.submit();
+  ASSERT_EQ(queue.wait(done, 1, 20s), 1U);
+  EXPECT_NE(ran_on, std::this_thread::get_id());
+}
+
+TEST_F(SpaceWithWorker, AHolderThatServedOthersLongEnoughIsRelieved) {
+  open();
+  constexpr std::uint64_t batches = 4 * Lane::service_max;
+  std::atomic<bool> inside{false};
+  std::atomic<bool> go_on{false};
+  backend_->before_batch = [&] {
+    inside = true;
+    while (!go_on) std::this_thread::yield();
+  };
+  std::vector<Queue> queues;
+  for (std::uint64_t i = 0; i < batches; ++i) queues.push_back(*space_.open_queue({.depth = 1}));
+  std::thread holder{[&] { (void)space_.map(map_at(8)); }};
+  while (!inside) std::this_thread::yield();
+  for (std::uint64_t i = 0; i < batches; ++i) {
+    ASSERT_TRUE(queues[i].stage(map_at(16 + i)));
+    queues[i].submit();  // left with the holder
+  }
+  go_on = true;
+  holder.join();
+  std::array<Completion, 1> done;
+  for (Queue& queue : queues) {
+    ASSERT_EQ(queue.wait(done, 1, 20s), 1U);
+    EXPECT_TRUE(done[0].ok()) << done[0].error.message();
+  }
+  EXPECT_EQ(space_.stats().combined_batches, batches);
+  // The worker was called once; that it got the lane shows when it had its turn.
+  const auto begun = std::chrono::steady_clock::now();
+  while (space_.stats().handed_over == 0) ASSERT_LT(std::chrono::steady_clock::now() - begun, 20s);
+}
+
+TEST_F(SpaceWithWorker, WithoutWorkersWhatNeedsOneIsRefusedWithTheReason) {
+  engine_ = EngineAccess::open(std::make_unique<testing::RecordingBackend>(backend_), "recording", {.enabled = false});
+  AddressSpaceConfig relaxed;
+  relaxed.unmap = UnmapMode::relaxed;
+  EXPECT_EQ(engine_.create_address_space(relaxed).error().code, Errc::unsupported);
+  engine_ = EngineAccess::open(std::make_unique<testing::RecordingBackend>(backend_), "recording", {.enabled = false});
+  auto space = engine_.create_address_space({});
+  ASSERT_TRUE(space) << space.error().message();
+  EXPECT_EQ(space->open_queue({.submit = SubmitMode::never_block}).error().code, Errc::unsupported);
+  EXPECT_TRUE(space->open_queue());
+  EXPECT_TRUE(space->open_queue()) << "a second queue wants a worker and does without";
+}
+
+// docs/ARCHITECTURE.md lists these; whatever else the worker tried would kill the process.
+void allow_only_the_documented_calls() {
+  constexpr std::array calls{SYS_io_uring_enter, SYS_ppoll,          SYS_read, SYS_write,   SYS_futex,  SYS_ioctl,
+                             SYS_clock_gettime,  SYS_rt_sigprocmask, SYS_exit, SYS_madvise, SYS_munmap, SYS_rseq};
+  std::vector<sock_filter> filter{BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr))};
+  for (std::size_t i = 0; i < calls.size(); ++i)
+    filter.push_back(BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(calls[i]),
+                              static_cast<std::uint8_t>(calls.size() - i), 0));
+  filter.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS));
+  filter.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW));
+  const sock_fprog program{static_cast<unsigned short>(filter.size()), filter.data()};
+  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
+    _exit(3);
+}
+
+// Exit status 0 when the workload went through.
+[[noreturn]] void work_under_the_filter() {
+  testing::RecordingSpace* recorder = nullptr;
+  WorkerConfig workers;
+  workers.on_start = [](unsigned) { allow_only_the_documented_calls(); };
+  Engine engine = EngineAccess::open(std::make_unique<testing::RecordingBackend>(recorder), "recording", workers);
+  AddressSpaceConfig config;
+  config.layout = LayoutPolicy::fixed;
+  config.unmap = UnmapMode::relaxed;
+  config.relaxed.time_max = 200us;
+  AddressSpace space = *engine.create_address_space(config);
+  Queue queue = *space.open_queue({.submit = SubmitMode::never_block});
+  (void)queue.event_fd();
+  for (std::uint64_t round = 0; round < 100; ++round) {
+    MapRequest request;
+    request.memory = {{}, 0x7000'0000, 4_KiB};
+    request.placement = Placement::fixed(Iova{0x10000});
+    (void)queue.stage(request);
+    (void)queue.stage(UnmapRequest::of(IovaRange{Iova{0x10000}, Iova{0x10fff}}));
+    queue.submit();
+    std::array<Completion, 2> done;
+    if (queue.wait(done, 2, 20s) != 2 || !done[0].ok() || !done[1].ok()) _exit(1);
+    if (round % 10 == 0) std::this_thread::sleep_for(1ms);
+  }
+  queue = {};
+  space = {};
+  engine = {};
+  _exit(0);
+}
+
+TEST(WorkerDeathTest, MakesNoSystemCallButTheDocumentedOnes) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "sanitizers make system calls of their own on the worker's thread";
+#endif
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(work_under_the_filter(), ::testing::ExitedWithCode(0), "");
+}
+
+}  // namespace
+}  // namespace iovane::engine
