@@ -32,6 +32,8 @@ Completion BatchExecutor::run_one(const Operation& operation) noexcept {
 }
 
 void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& link_broken) noexcept {
+  const bool timed = (slices_++ & (slices_per_timing - 1)) == 0;
+  const std::uint64_t begun_ns = timed ? monotonic_ns() : 0;
   slice_ = slice;
   succeeded_ = {};
   slice_ns_ = 0;
@@ -57,6 +59,7 @@ void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& lin
   counters[Count::replaces].add(succeeded_[static_cast<unsigned>(OperationKind::replace)]);
   if (space_.stale && !space_.stale->empty()) flush_stale_if_due(slice_ns_ != 0 ? slice_ns_ : monotonic_ns());
   publish_gauges();
+  if (timed) counters.batch_time.record(monotonic_ns() - begun_ns);
 }
 
 void BatchExecutor::publish_gauges() noexcept {

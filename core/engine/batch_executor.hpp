@@ -62,6 +62,7 @@ class BatchExecutor {
     std::uint32_t operation;
     std::uint32_t mappings;
   };
+  static constexpr std::uint32_t slices_per_timing = 16;  // reading the clock twice costs as much as an operation
   static constexpr std::uint32_t map_ops_max = slice_operations_max + pieces_max;
   /// Where the maps' backend operations begin in ops_; the unmaps' end there.
   static constexpr std::uint32_t maps_begin = slice_operations_max;
@@ -127,6 +128,7 @@ class BatchExecutor {
 
   SpaceState& space_;
   Slice slice_{};
+  std::uint32_t slices_ = 0;
   std::array<std::uint32_t, operation_kinds> succeeded_{};  // of this slice, by OperationKind
   // The phase so far.
   std::uint32_t map_count_ = 0;

@@ -83,14 +83,24 @@ Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
 }  // namespace
 
 Result<Engine> Engine::open(const EngineConfig& config) {
+  std::unique_ptr<engine::StatsPage> stats_page;
+  if (!config.stats_page.empty()) {
+    auto made = engine::StatsPage::create(config.stats_page);
+    if (!made) return made.error();
+    stats_page = *std::move(made);
+  }
   auto core = open_core(config);
   if (!core) return core.error();
+  (*core)->publish(std::move(stats_page));
   return Engine{*std::move(core)};
 }
 
-Engine EngineAccess::open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers) {
-  return Engine{std::make_shared<EngineCore>(nullptr, std::move(backend), std::move(name), "it was handed in",
-                                             std::move(workers))};
+Engine EngineAccess::open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers,
+                          std::unique_ptr<engine::StatsPage> stats_page) {
+  auto core = std::make_shared<EngineCore>(nullptr, std::move(backend), std::move(name), "it was handed in",
+                                           std::move(workers));
+  core->publish(std::move(stats_page));
+  return Engine{std::move(core)};
 }
 
 }  // namespace iovane

@@ -7,6 +7,7 @@
 #include "backends/backend.hpp"
 #include "backends/kernel.hpp"
 #include "engine/node_resources.hpp"
+#include "engine/stats_page.hpp"
 #include "iovane/config.hpp"
 #include "iovane/engine.hpp"
 #include "iovane/result.hpp"
@@ -18,7 +19,8 @@ namespace iovane {
 class EngineAccess {
  public:
   /// What the backend stands on must outlive every address space. `name` is what Engine::backend() says.
-  static Engine open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers = {});
+  static Engine open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers = {},
+                     std::unique_ptr<engine::StatsPage> stats_page = {});
 };
 
 namespace engine {
@@ -37,12 +39,17 @@ class EngineCore {
   const std::string& backend_name() const noexcept { return name_; }
   const std::string& reason() const noexcept { return reason_; }
   NodeResources& nodes() noexcept { return nodes_; }
+  /// Before the first address space is made.
+  void publish(std::unique_ptr<StatsPage> page) noexcept { stats_page_ = std::move(page); }
+  /// Null: the counters are nobody else's business.
+  StatsPage* stats_page() noexcept { return stats_page_.get(); }
 
  private:
   std::unique_ptr<backends::Kernel> kernel_;  // null when the caller's; closed after the backend
   std::unique_ptr<backends::Backend> backend_;
   std::string name_;
   std::string reason_;
+  std::unique_ptr<StatsPage> stats_page_;
   NodeResources nodes_;  // its workers end first
 };
 

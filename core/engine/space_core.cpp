@@ -94,10 +94,17 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
              .counters = &counters_},
       executor_{std::make_unique<BatchExecutor>(state_)} {
   facts_.backend = engine_->backend_name();
+  if (StatsPage* const page = engine_->stats_page()) {
+    published_ = page->acquire(config_.name, facts_.backend);
+    if (published_ != nullptr) state_.counters = &published_->counters;
+  }
   refresh_facts();
 }
 
-SpaceCore::~SpaceCore() { close(); }
+SpaceCore::~SpaceCore() {
+  close();
+  if (published_ != nullptr) engine_->stats_page()->release(published_);
+}
 
 void SpaceCore::close() noexcept {
   {

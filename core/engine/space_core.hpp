@@ -12,6 +12,7 @@
 #include "engine/lane.hpp"
 #include "engine/lane_tasks.hpp"
 #include "engine/space_state.hpp"
+#include "engine/stats_page.hpp"
 #include "iovane/address_space.hpp"
 
 namespace iovane::engine {
@@ -66,6 +67,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   const AddressSpaceConfig config_;
   Lane lane_;
   SpaceCounters counters_;
+  StatsSlot* published_ = nullptr;  // where the counters are instead, when others may look
   SpaceState state_;
   std::unique_ptr<BatchExecutor> executor_;
   std::mutex worker_lock_;

@@ -46,9 +46,9 @@ class Command(unittest.TestCase):
 class Help(Command):
     def test_names_commands_and_exit_statuses(self):
         text = self.iovane("--help").stdout
-        for part in ("probe", "replay", "trace", "Exit status"):
+        for part in ("probe", "replay", "top", "trace", "Exit status"):
             self.assertIn(part, text)
-        for command in (("probe",), ("replay",), ("trace", "import"), ("trace", "info")):
+        for command in (("probe",), ("replay",), ("top",), ("trace", "import"), ("trace", "info")):
             self.iovane(*command, "--help")
         self.assertRegex(self.iovane("--version").stdout, r"^iovane \d+\.\d+\.\d+\n$")
 
@@ -56,6 +56,35 @@ class Help(Command):
         for words in ((), ("fly",), ("replay",), ("trace",), ("trace", "info"), ("replay", "x", "--baseline", "fast"), ("replay", "x", "--batch", "0")):
             with self.subTest(words=words):
                 self.refuses(USAGE, words, "--help")
+
+
+class Top(Command):
+    MIXED = str(DATA / "traces" / "mixed.iovtrace")
+
+    def test_shows_a_running_replay_and_then_nothing(self):
+        replay = subprocess.Popen([IOVANE, "replay", self.MIXED, "--backend", "model", "--no-verify", "--batch", "1", "--rounds", "1000", "--stats"], stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        try:
+            mine = []
+            for _ in range(200):
+                looked = self.iovane("top", "--process", str(replay.pid), "--times", "1", "--interval", "0.05", "--json").stdout
+                mine = json.loads(looked)["address_spaces"]
+                if mine and mine[0]["maps"] > 1000 and mine[0]["batch_time"]["count"] > 10:
+                    break
+            self.assertEqual((mine[0]["name"], mine[0]["backend"], mine[0]["process"]), ("replay", "model", replay.pid))
+            self.assertGreater(mine[0]["batch_time"]["p50_ns"], 0)
+            table = self.iovane("top", "--process", str(replay.pid), "--times", "1", "--interval", "0.05").stdout
+            self.assertIn("address space", table)
+        finally:
+            replay.kill()
+            replay.wait()
+            for left in Path("/dev/shm").glob(f"iovane.{replay.pid}.*"):  # it was killed
+                left.unlink()
+        self.assertIn("No statistics page", self.iovane("top", "--process", str(replay.pid), "--times", "1", "--interval", "0.01").stdout)
+
+    def test_what_is_no_page_is_refused(self):
+        self.refuses(BAD_INPUT, ("top", "--page", self.put("page", b"short"), "--times", "1", "--interval", "0.01"), "too short")
+        self.refuses(BAD_INPUT, ("top", "--page", self.put("big", bytes(1 << 20)), "--times", "1", "--interval", "0.01"), "this version")
+        self.refuses(BAD_INPUT, ("top", "--page", str(self.folder / "none"), "--times", "1", "--interval", "0.01"), "none")
 
 
 class TraceFiles(Command):

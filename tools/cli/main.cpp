@@ -10,6 +10,7 @@
 #include "cli/exit_status.hpp"
 #include "cli/probe_command.hpp"
 #include "cli/replay_command.hpp"
+#include "cli/top_command.hpp"
 #include "cli/trace_command.hpp"
 
 namespace {
@@ -30,6 +31,7 @@ ExitStatus run(int argc, char** argv) {
   iovane::cli::add_probe_command(app, command);
   iovane::cli::add_replay_command(app, command);
   iovane::cli::add_trace_command(app, command);
+  iovane::cli::add_top_command(app, command);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& asked_for_text) {

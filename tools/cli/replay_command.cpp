@@ -33,6 +33,7 @@ struct Arguments {
   std::uint64_t memory_mib_max = 4096;
   std::uint32_t rounds = 1;
   bool verify = true;
+  bool stats = false;
   bool json = false;
 };
 
@@ -58,12 +59,16 @@ Result<LoadedTrace> load(const std::string& path, const Arguments& arguments) {
 }
 
 Result<std::unique_ptr<replay::ReplayTarget>> open_target(const std::string& name, replay::Host& host,
-                                                          const replay::GuestMemory& memory, std::size_t batch_max) {
+                                                          const replay::GuestMemory& memory,
+                                                          const Arguments& arguments) {
   const auto up = [](auto opened) -> Result<std::unique_ptr<replay::ReplayTarget>> {
     if (!opened) return opened.error();
     return std::unique_ptr<replay::ReplayTarget>{*std::move(opened)};
   };
-  if (name == "engine") return up(replay::EngineTarget::open(host, memory, batch_max));
+  if (name.starts_with("engine")) {
+    const auto unmap = name == "engine-relaxed" ? UnmapMode::relaxed : UnmapMode::strict;
+    return up(replay::EngineTarget::open(host, memory, arguments.batch_max, {unmap, arguments.stats}));
+  }
   const auto unit = name.starts_with("leaf") ? replay::RawUnit::leaf : replay::RawUnit::event;
   const auto map = name.ends_with("-copy") ? replay::RawMap::copy : replay::RawMap::memory;
   return up(replay::RawTarget::open(host, memory, unit, map));
@@ -75,7 +80,7 @@ Result<replay::RunReport> run_one(const LoadedTrace& trace, const std::string& t
   replay::RunOptions options{.batch_max = arguments.batch_max, .verify = arguments.verify, .progress = {}};
   options.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
   auto report = [&]() -> Result<replay::RunReport> {
-    const auto target = open_target(target_name, host, memory, arguments.batch_max);
+    const auto target = open_target(target_name, host, memory, arguments);
     if (!target) return target.error();
     return replay::replay(host, **target, trace.plan, options, trace.name, target_name);
   }();
@@ -141,12 +146,14 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
                      "PCI address of the device to attach (default: the first possible)");
   replay
       ->add_option("--baseline", arguments->targets,
-                   "What replays, several allowed: engine; event (one kernel call per event, no engine); leaf (one per "
+                   "What replays, several allowed: engine; engine-relaxed (unmaps deferred for at most 10 ms; with "
+                   "--no-verify, else every batch is flushed to be verified); event (one kernel call per event, no "
+                   "engine); leaf (one per "
                    "4 KiB entry); event-copy and leaf-copy (the same sharing pins, iommufd)")
       ->delimiter(',')
       ->allow_extra_args(false)  // traces may follow
       ->allow_extra_args(false)  // one word, so that a trace may follow it
-      ->check(CLI::IsMember({"engine", "event", "leaf", "event-copy", "leaf-copy"}))
+      ->check(CLI::IsMember({"engine", "engine-relaxed", "event", "leaf", "event-copy", "leaf-copy"}))
       ->capture_default_str();
   replay->add_option("--batch", arguments->batch_max, "Most events that are submitted together")
       ->check(CLI::Range(1, 65536))
@@ -161,6 +168,7 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
       ->capture_default_str();
   replay->add_flag("--verify,!--no-verify", arguments->verify,
                    "Compare with the reference after every batch (default)");
+  replay->add_flag("--stats", arguments->stats, "Publish the engine's counters, for 'iovane top' in another terminal");
   replay->add_flag("--json", arguments->json, "Print one JSON object");
   replay->callback([&run, arguments] { run = [arguments] { return run_replay(*arguments); }; });
 }

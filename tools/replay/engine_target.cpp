@@ -17,14 +17,22 @@ Verdict unfinished() noexcept {
 
 }  // namespace
 
-Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const GuestMemory& memory, std::size_t batch_max) {
+Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const GuestMemory& memory, std::size_t batch_max,
+                                                         const EngineOptions& options) {
   std::unique_ptr<EngineTarget> target{new EngineTarget};
   auto backend = host.open_backend(host.kernel());
   if (!backend) return backend.error();
-  target->engine_ = EngineAccess::open(*std::move(backend), host.backend());
+  std::unique_ptr<engine::StatsPage> stats_page;
+  if (options.publish_stats) {
+    auto made = engine::StatsPage::create("auto");
+    if (!made) return made.error();
+    stats_page = *std::move(made);
+  }
+  target->engine_ = EngineAccess::open(*std::move(backend), host.backend(), {}, std::move(stats_page));
   AddressSpaceConfig config;
   config.name = "replay";
   config.layout = LayoutPolicy::fixed;  // a guest chooses its IOVAs
+  config.unmap = options.unmap;
   auto space = target->engine_.create_address_space(config);
   if (!space) return space.error();
   target->space_ = *std::move(space);
@@ -69,6 +77,9 @@ void EngineTarget::run(std::span<const Operation> batch, std::span<Verdict> verd
       verdicts[completions[i].user_data] = {completions[i].error, completions[i].bytes};
   }
 }
+
+// A failure shows in the verification: what is quarantined is still reachable.
+void EngineTarget::settle() noexcept { (void)space_.flush(); }
 
 bool EngineTarget::visit_index(const Visit& visit) const {
   space_.for_each(IovaRange::everything(), [&](const MappingInfo& mapping) {

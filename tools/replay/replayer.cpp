@@ -72,6 +72,7 @@ Result<RunReport> replay(Host& host, ReplayTarget& target, const Plan& plan, con
     const std::uint64_t calls_before = host.kernel().calls();
     const std::uint64_t begun = now_ns();
     target.run(batch, results);
+    if (options.verify || stop == operations.size()) target.settle();
     const std::uint64_t measured = now_ns() - begun;
     const std::uint64_t took = measured - std::min(measured, clock_cost);
     report.kernel_calls += host.kernel().calls() - calls_before;

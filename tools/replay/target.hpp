@@ -29,6 +29,9 @@ class ReplayTarget {
   virtual bool batches() const noexcept = 0;
   /// Runs a batch whose operations touch disjoint ranges; returns when all of it is final. Only this is timed.
   virtual void run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept = 0;
+  /// Makes real what was answered but deferred, if the target defers. Timed: at the end, and, so that it can be
+  /// verified, after every batch of a verified run.
+  virtual void settle() noexcept {}
   /// Removes everything; the bytes removed.
   virtual Result<Bytes> unmap_all() noexcept = 0;
 

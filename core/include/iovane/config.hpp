@@ -40,6 +40,9 @@ struct EngineConfig {
   int container_fd = -1;
   DescriptorUse descriptors = DescriptorUse::borrow;
   WorkerConfig workers{};
+  /// Where to publish the counters of all address spaces for 'iovane top': a path to be created and removed again, or
+  /// "auto" for one in /dev/shm. Empty: nowhere. Readable by this user only.
+  std::string stats_page{};
 };
 
 /// Who decides IOVAs.

@@ -45,7 +45,7 @@ struct Stats {
   Bytes stale_bytes_peak{};
   DurationSummary stale_window{};  ///< from a relaxed unmap's completion until no device could reach the memory
 
-  DurationSummary batch_time{};  ///< planning and executing a batch; every sixteenth batch is timed
+  DurationSummary batch_time{};  ///< planning and executing a batch; one in sixteen is timed
 };
 
 }  // namespace iovane
