@@ -398,6 +398,7 @@ bool Vtd::set_queue(std::uint64_t iqa) noexcept {
   const std::uint64_t size = iqa & 7;
   const bool wide = (iqa >> 11 & 1) != 0;
   queue_on_ = (iqa & 0x7f8) == 0 && (!wide || config_.capabilities.scalable);
+  iqa_ = iqa;
   queue_gpa_ = iqa & ~std::uint64_t{0xfff};
   entry_bytes_ = wide ? 32 : 16;
   queue_entries_ = (4096U << size) / entry_bytes_;
@@ -454,6 +455,27 @@ void Vtd::wait(std::chrono::nanoseconds timeout) noexcept {
 
 void Vtd::finish() noexcept {
   while (advance() == Progress::pending) wait(wait_slice);
+}
+
+Vtd::State Vtd::save_state() const noexcept {
+  return {1, enabled_ ? 1U : 0U, rtaddr_, queue_on_ ? iqa_ : 0, head(), std::uint64_t{tail_} * entry_bytes_};
+}
+
+Result<void> Vtd::restore_state(const State& state) noexcept {
+  const auto bad = [](const char* what) { return make_error(Errc::bad_format, Stage::validate, what); };
+  if (state.version != 1) return bad("VT-d state: of a version this program does not know");
+  if (state.iqa != 0 && !set_queue(state.iqa)) return bad("VT-d state: its queue address is not one");
+  const std::uint64_t bytes = std::uint64_t{queue_entries_} * entry_bytes_;
+  if (state.iqa != 0 && (state.head >= bytes || state.tail >= bytes || (state.head | state.tail) % entry_bytes_ != 0))
+    return bad("VT-d state: its queue's head or tail is outside the queue");
+  if (state.iqa != 0) {
+    head_ = done_head_ = static_cast<std::uint32_t>(state.head / entry_bytes_);
+    tail_ = static_cast<std::uint32_t>(state.tail / entry_bytes_);
+  }
+  rtaddr_ = state.rtaddr;
+  static_cast<void>(set_translation(state.enabled != 0));
+  finish();
+  return {};
 }
 
 Progress Vtd::memory_added() noexcept {

@@ -111,6 +111,19 @@ class Vtd {
   /// advance() until done.
   void finish() noexcept;
 
+  /// What a migrating guest's unit needs beside its registers. Precondition of both: idle(). Tables are guest memory
+  /// and travel with it: restore_state() walks them anew for the endpoints that are there.
+  struct State {
+    std::uint32_t version = 1;
+    std::uint32_t enabled = 0;
+    std::uint64_t rtaddr = 0;
+    std::uint64_t iqa = 0;
+    std::uint64_t head = 0;  ///< as IQH
+    std::uint64_t tail = 0;  ///< as IQT
+  };
+  State save_state() const noexcept;
+  Result<void> restore_state(const State& state) noexcept;
+
   /// RAM was added (the targets have it already), or is about to go. Wait for `done` before GuestMemory::remove().
   Progress memory_added() noexcept;
   Progress memory_removing(const Region& region) noexcept;
@@ -189,6 +202,7 @@ class Vtd {
   bool queue_on_ = false;
   bool queue_error_ = false;
   bool error_reported_ = false;
+  std::uint64_t iqa_ = 0;
   std::uint64_t queue_gpa_ = 0;
   std::uint32_t queue_entries_ = 0;
   std::uint32_t entry_bytes_ = 16;
