@@ -175,11 +175,16 @@ class Vtd {
   Result<Domain*> domain_for(const GuestMemory::View& view, const VtdBinding& binding) noexcept;
   Domain& make_domain(const VtdBinding& binding);
   void drop_unused_domains() noexcept;
+  std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) const noexcept;
+  void invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
+  bool compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept;
+  void note(const GuestMemory::View& view, Domain& domain, const SyncOutcome& outcome) noexcept;
   void compare(Domain& domain, const IovaRange& range) noexcept;
   bool run_tasks(const GuestMemory::View& view) noexcept;
   void run_task(const GuestMemory::View& view, Task& task) noexcept;
   void fail_domain(const GuestMemory::View& view, Domain& domain, const Error& error) noexcept;
   bool read_descriptors(const GuestMemory::View& view) noexcept;
+  VtdRawDescriptor load_descriptor(const std::uint64_t* page, std::uint32_t index) const noexcept;
   void mark_dirty(Domain& domain) noexcept;
   bool commit_domains() noexcept;
   void finish_round(const GuestMemory::View& view) noexcept;
@@ -189,9 +194,9 @@ class Vtd {
   VtdConfig config_;
   VtdEvents& events_;
   std::vector<Endpoint> endpoints_;
-  std::vector<std::unique_ptr<Domain>> domains_;
-  std::vector<Domain*> dirty_;  // with staged edits or a batch in flight
-  std::vector<Task> tasks_;     // first in, first out from task_next_
+  std::vector<std::unique_ptr<Domain>> domains_;  // by binding.domain
+  std::vector<Domain*> dirty_;                    // with staged edits or a batch in flight
+  std::vector<Task> tasks_;                       // first in, first out from task_next_
   std::size_t task_next_ = 0;
   std::vector<PendingWait> waits_;  // of this round, in order
   WorkBudget budget_{};
