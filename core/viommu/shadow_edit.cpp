@@ -174,6 +174,7 @@ Result<void> ShadowDomain::map_pieces(const View& view, IovaRange range, std::ui
 
 // True when no unit (or guest mapping, by `flag`) reaches across the border between iova - 1 and iova.
 bool ShadowDomain::border_is_clean(std::uint64_t iova, std::uint64_t flag) const noexcept {
+  if ((iova & granule_mask_) != 0) return !index_.at(iova);  // inside a granule
   std::uint64_t word = 0;
   if (const std::uint64_t* slots = index_.leaf_slots(iova); slots != nullptr) {
     word = slots[(iova >> index_.granule_shift()) & (ShadowIndex::fan - 1)];

@@ -42,7 +42,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       case 2: {
         const std::uint64_t list = tape.address();
         for (std::uint64_t i = 0; i < 8; ++i)
-          if (list + 64 < (1U << 20) && (list & 7) == 0) ram.store(list + i * 8, __builtin_bswap64(tape.address() | 3));
+          if (list < (1U << 20) - 64 && (list & 7) == 0) ram.store(list + i * 8, __builtin_bswap64(tape.address() | 3));
         papr.call_and_wait(hcall::put_tce_indirect, std::array<std::uint64_t, 4>{liobn, base + tape.address(), list,
                                                                                  tape.take<std::uint16_t>()});
         break;
