@@ -23,12 +23,6 @@ constexpr std::array<std::uint64_t, 256> crc_table = [] {
   return table;
 }();
 
-std::uint64_t crc64(std::span<const std::byte> bytes) noexcept {
-  std::uint64_t crc = 0;
-  for (const std::byte b : bytes) crc = crc << 8 ^ crc_table[(crc >> 56 ^ static_cast<std::uint64_t>(b)) & 0xff];
-  return crc;
-}
-
 template <typename T>
 void append(std::vector<std::byte>& out, T value) {
   for (std::size_t i = 0; i < sizeof value; ++i) out.push_back(static_cast<std::byte>(value >> (8 * i)));
@@ -42,6 +36,12 @@ T read(std::span<const std::byte> bytes, std::size_t at) noexcept {
 }
 
 }  // namespace
+
+std::uint64_t snapshot_checksum(std::span<const std::byte> bytes) noexcept {
+  std::uint64_t crc = 0;
+  for (const std::byte b : bytes) crc = crc << 8 ^ crc_table[(crc >> 56 ^ static_cast<std::uint64_t>(b)) & 0xff];
+  return crc;
+}
 
 Result<std::vector<std::byte>> save_domain(const ShadowDomain& domain) {
   if (!domain.idle())
@@ -63,7 +63,7 @@ Result<std::vector<std::byte>> save_domain(const ShadowDomain& domain) {
     ++count;
   });
   for (std::size_t i = 0; i < 8; ++i) out[24 + i] = static_cast<std::byte>(count >> (8 * i));
-  append(out, crc64(out));
+  append(out, snapshot_checksum(out));
   return out;
 }
 
@@ -76,7 +76,8 @@ Result<void> restore_domain(std::span<const std::byte> bytes, const GuestMemory:
   if (read<std::uint64_t>(bytes, 0) != snapshot_magic) return bad("not a snapshot of a guest domain");
   if (read<std::uint32_t>(bytes, 8) != snapshot_version) return bad("of a version this program does not know");
   const auto payload = bytes.first(bytes.size() - checksum_bytes);
-  if (crc64(payload) != read<std::uint64_t>(bytes, payload.size())) return bad("damaged: its checksum is wrong");
+  if (snapshot_checksum(payload) != read<std::uint64_t>(bytes, payload.size()))
+    return bad("damaged: its checksum is wrong");
   const auto count = read<std::uint64_t>(bytes, 24);
   if (count != (payload.size() - header_bytes) / record_bytes || (payload.size() - header_bytes) % record_bytes != 0)
     return bad("its length and its count differ");

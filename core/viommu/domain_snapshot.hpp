@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -14,6 +15,9 @@ namespace iovane::viommu {
 // count times {u64 first, u64 last, u64 gpa, u64 access}, u64 CRC-64/ECMA-182 of everything before it.
 inline constexpr std::uint64_t snapshot_magic = 0x3057'4448'5356'4f49;  // "IOVSHDW0"
 inline constexpr std::uint32_t snapshot_version = 1;
+
+/// CRC-64/ECMA-182, with which a snapshot ends.
+std::uint64_t snapshot_checksum(std::span<const std::byte> bytes) noexcept;
 
 /// What the guest has mapped. Precondition: the domain is idle.
 Result<std::vector<std::byte>> save_domain(const ShadowDomain& domain);

@@ -187,10 +187,15 @@ void Vtd::move_stale_endpoints(const GuestMemory::View& view) noexcept {
   for (Endpoint& endpoint : endpoints_) {
     if (!std::exchange(endpoint.stale, false)) continue;
     const VtdBinding binding = binding_of(view, endpoint);
+    static_cast<void>(budget_.take(1));
     if (binding == endpoint.binding && (endpoint.domain != nullptr || binding.kind == VtdBinding::Kind::blocked))
       continue;
+    // What it leaves is unmapped, what it joins is mapped on its host: work that its guest caused.
+    const auto leaves = [&] { return endpoint.domain == nullptr ? 0 : endpoint.domain->shadow.index().leaves(); };
+    static_cast<void>(budget_.take(leaves()));
     if (auto moved = move_endpoint(view, endpoint, binding); !moved)
       events_.shadow_failed(binding.domain, moved.error());
+    static_cast<void>(budget_.take(leaves()));
   }
   any_stale_ = false;
   drop_unused_domains();
@@ -506,7 +511,13 @@ void Vtd::finish() noexcept {
 }
 
 Vtd::State Vtd::save_state() const noexcept {
-  return {1, enabled_ ? 1U : 0U, rtaddr_, queue_on_ ? iqa_ : 0, head(), std::uint64_t{tail_} * entry_bytes_};
+  return {1,
+          enabled_ ? 1U : 0U,
+          rtaddr_,
+          queue_on_ ? iqa_ : 0,
+          head(),
+          std::uint64_t{tail_} * entry_bytes_,
+          queue_error_ ? 1U : 0U};
 }
 
 Result<void> Vtd::restore_state(const State& state) noexcept {
@@ -520,6 +531,7 @@ Result<void> Vtd::restore_state(const State& state) noexcept {
     head_ = done_head_ = static_cast<std::uint32_t>(state.head / entry_bytes_);
     tail_ = static_cast<std::uint32_t>(state.tail / entry_bytes_);
   }
+  queue_error_ = error_reported_ = state.queue_error != 0;
   rtaddr_ = state.rtaddr;
   static_cast<void>(set_translation(state.enabled != 0));
   finish();

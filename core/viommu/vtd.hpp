@@ -118,8 +118,9 @@ class Vtd {
     std::uint32_t enabled = 0;
     std::uint64_t rtaddr = 0;
     std::uint64_t iqa = 0;
-    std::uint64_t head = 0;  ///< as IQH
-    std::uint64_t tail = 0;  ///< as IQT
+    std::uint64_t head = 0;         ///< as IQH
+    std::uint64_t tail = 0;         ///< as IQT
+    std::uint64_t queue_error = 0;  ///< FSTS.IQE is set: the queue stands still
   };
   State save_state() const noexcept;
   Result<void> restore_state(const State& state) noexcept;
