@@ -1,12 +1,17 @@
 // Guest events through each vIOMMU front end, per leaf entry changed: walk, compare, stage, complete.
 //
-// Hosts: one that does nothing (the front end alone), and the engine on a backend that does nothing. The baseline in
-// the same run is what VMMs do today: for each leaf, under one lock, look the old mapping up in an ordered map, and
-// make one synchronous call. It gets the same walk, decode and events.
+// Hosts: one that does nothing (the front end alone), the engine on a backend that does nothing, and the engine on the
+// software IOMMU. The baseline in the same run is what VMMs do today: for each leaf, under one lock, look the old
+// mapping up in an ordered map, and make one synchronous call. It gets the same walk, decode and events, but reads no
+// queue.
 #include <benchmark/benchmark.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
+#include <bit>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -30,7 +35,7 @@ constexpr std::uint64_t page = 4096;
 constexpr std::uint64_t iova_base = 0xf000'0000;
 constexpr std::uint16_t device = 0x08;
 
-enum Host : int { idle = 0, engine = 1 };
+enum Host : int { idle = 0, engine = 1, model = 2 };
 
 // A guest with its RAM, and a host of either kind. One per thread: guests share nothing.
 struct World {
@@ -39,11 +44,15 @@ struct World {
         ::mmap(nullptr, ram_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     ram = static_cast<std::byte*>(mapped);
     static_cast<void>(memory.add({0, {ram_bytes}, ram, -1, 0, false}));
-    if (host == engine) {
-      Engine opened = EngineAccess::open(std::make_unique<bench::NullBackend>(), "null");
+    if (host != idle) {
+      EngineConfig software;
+      software.backend = "model";
+      Engine opened =
+          host == model ? *Engine::open(software) : EngineAccess::open(std::make_unique<bench::NullBackend>(), "null");
       AddressSpaceConfig config;
       config.layout = LayoutPolicy::fixed;
       space = std::make_unique<AddressSpace>(*opened.create_address_space(config));
+      if (host == model) static_cast<void>(space->attach({.pci_address = "0000:00:03.0"}));
       target = *EngineTarget::create(*space, memory);
     } else {
       target = std::make_unique<IdleTarget>();
@@ -118,7 +127,7 @@ void BM_VtdPages(benchmark::State& state) {
   state.counters["leaves/s"] =
       benchmark::Counter(static_cast<double>(state.iterations() * changed), benchmark::Counter::kIsRate);
 }
-BENCHMARK(BM_VtdPages)->ArgNames({"pages", "engine"})->ArgsProduct({{1, 4, 32, 512}, {idle, engine}});
+BENCHMARK(BM_VtdPages)->ArgNames({"pages", "host"})->ArgsProduct({{1, 4, 32, 512}, {idle, engine, model}});
 
 // Scattered leaves, as a guest maps a list of single pages: no run merges, 32 invalidations per notification.
 void BM_VtdScattered(benchmark::State& state) {
@@ -139,7 +148,7 @@ void BM_VtdScattered(benchmark::State& state) {
   }
   state.SetItemsProcessed(state.iterations() * 2 * static_cast<std::int64_t>(batch));
 }
-BENCHMARK(BM_VtdScattered)->ArgName("engine")->Arg(idle)->Arg(engine);
+BENCHMARK(BM_VtdScattered)->ArgName("host")->Arg(idle)->Arg(engine)->Arg(model);
 
 // Nothing changed: the price of looking, per entry.
 void BM_VtdCompareUnchanged(benchmark::State& state) {
@@ -157,7 +166,7 @@ BENCHMARK(BM_VtdCompareUnchanged);
 
 // Guests on threads of their own.
 void BM_VtdGuests(benchmark::State& state) {
-  VtdWorld world{idle};
+  VtdWorld world{static_cast<int>(state.range(0))};
   std::uint64_t at = 0;
   for (auto _ : state) {
     for (const std::uint64_t present : {3ULL, 0ULL}) {
@@ -170,7 +179,75 @@ void BM_VtdGuests(benchmark::State& state) {
   }
   state.SetItemsProcessed(state.iterations() * 2);
 }
-BENCHMARK(BM_VtdGuests)->Threads(1)->Threads(2)->UseRealTime();
+BENCHMARK(BM_VtdGuests)->ArgName("host")->Arg(idle)->Arg(engine)->Threads(1)->Threads(2)->UseRealTime();
+
+// Walks by readers, as emulated devices and fault reports make them, through the guest's own tables, from any number of
+// threads at once: four entries each.
+void BM_VtdReaders(benchmark::State& state) {
+  static VtdWorld world{idle};
+  if (state.thread_index() == 0)
+    for (std::uint64_t i = 0; i < 32768; ++i) world.leaf(i, (0x400'0000 + (i * 7) % 1024 * page) | 3);
+  std::uint64_t at = static_cast<std::uint64_t>(state.thread_index()) * 911;
+  for (auto _ : state) {
+    benchmark::DoNotOptimize(world.unit->fault_of(device, std::nullopt, iova_base + at * page, false));
+    at = (at + 61) % 32768;
+  }
+  state.SetItemsProcessed(state.iterations() * 4);
+}
+BENCHMARK(BM_VtdReaders)->Threads(1)->Threads(2)->UseRealTime();
+
+// A guest's notifications while another guest, on a thread of its own, does nothing (storm 0), or invalidates
+// everything it has as fast as it can: 32,768 entries and an index at its bound, over and over (storm 1).
+void BM_VtdNeighbourOfAStorm(benchmark::State& state) {
+  VtdWorld world{idle};
+  std::atomic<bool> stop{false};
+  std::thread neighbour{[&] {
+    if (state.range(0) == 0) return;
+    VtdWorld hostile{idle};
+    // Every entry of the top table leads back to it: the walk has no end but its bounds.
+    for (std::uint64_t i = 0; i < 512; ++i) hostile.store(0x3000 + i * 8, 0x3003);
+    // relaxed: only says when to stop.
+    while (!stop.load(std::memory_order_relaxed)) {
+      for (int i = 0; i < 100; ++i) hostile.enqueue(0x12, 0);
+      hostile.unit->write_tail(hostile.tail * 16);
+      hostile.unit->finish();
+    }
+  }};
+  std::uint64_t at = 0;
+  for (auto _ : state) {
+    for (const std::uint64_t present : {3ULL, 0ULL}) {
+      world.leaf(at, present == 0 ? 0 : 0x400'0000 | present);
+      world.enqueue(0x32 | 1 << 16, iova_base + at * page);
+      world.enqueue(0x25 | 7ULL << 32, 0x8000);
+      if (world.unit->write_tail(world.tail * 16) != Progress::done) world.unit->finish();
+    }
+    at = (at + 1) % 16384;
+  }
+  stop.store(true, std::memory_order_relaxed);
+  neighbour.join();
+  state.SetItemsProcessed(state.iterations() * 2);
+}
+BENCHMARK(BM_VtdNeighbourOfAStorm)->ArgName("storm")->Arg(0)->Arg(1)->UseRealTime();
+
+// What one call may cost, however hostile the tables: the longest of a storm's calls, which end with `pending`.
+void BM_VtdStormCall(benchmark::State& state) {
+  VtdWorld hostile{idle};
+  for (std::uint64_t i = 0; i < 512; ++i) hostile.store(0x3000 + i * 8, 0x3003);
+  double longest = 0;
+  for (auto _ : state) {
+    hostile.enqueue(0x12, 0);
+    Progress progress = Progress::pending;
+    bool first = true;
+    while (progress == Progress::pending) {
+      const auto begun = std::chrono::steady_clock::now();
+      progress = first ? hostile.unit->write_tail(hostile.tail * 16) : hostile.unit->advance();
+      first = false;
+      longest = std::max(longest, std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count());
+    }
+  }
+  state.counters["longest_call_ns"] = longest * 1e9;
+}
+BENCHMARK(BM_VtdStormCall);
 
 // The baseline: per leaf one lock, one ordered-map search and change, one virtual synchronous call.
 class OneCall {
@@ -277,7 +354,8 @@ void BM_VirtioIommu(benchmark::State& state) {
   state.SetItemsProcessed(state.iterations() * static_cast<std::int64_t>(2 * batch));
   static_cast<void>(iommu.remove_endpoint(1));
 }
-BENCHMARK(BM_VirtioIommu)->ArgNames({"batch", "engine"})->ArgsProduct({{1, 32}, {idle, engine}});
+BENCHMARK(BM_VirtioIommu)->ArgNames({"batch", "host"})->ArgsProduct({{1, 32}, {idle, engine, model}});
+BENCHMARK(BM_VirtioIommu)->ArgNames({"batch", "host"})->Args({32, idle})->Threads(2)->UseRealTime();
 
 // H_PUT_TCE pairs, and lists of 512.
 void BM_PaprPut(benchmark::State& state) {
@@ -295,7 +373,8 @@ void BM_PaprPut(benchmark::State& state) {
   state.SetItemsProcessed(state.iterations() * 2);
   static_cast<void>(papr.remove_device(0, world.target.get()));
 }
-BENCHMARK(BM_PaprPut)->ArgName("engine")->Arg(idle)->Arg(engine);
+BENCHMARK(BM_PaprPut)->ArgName("host")->Arg(idle)->Arg(engine)->Arg(model);
+BENCHMARK(BM_PaprPut)->ArgName("host")->Arg(idle)->Threads(2)->UseRealTime();
 
 void BM_PaprIndirect(benchmark::State& state) {
   World world{static_cast<int>(state.range(0))};
@@ -312,7 +391,7 @@ void BM_PaprIndirect(benchmark::State& state) {
   state.SetItemsProcessed(state.iterations() * 1024);
   static_cast<void>(papr.remove_device(0, world.target.get()));
 }
-BENCHMARK(BM_PaprIndirect)->ArgName("engine")->Arg(idle)->Arg(engine);
+BENCHMARK(BM_PaprIndirect)->ArgName("host")->Arg(idle)->Arg(engine)->Arg(model);
 
 }  // namespace
 }  // namespace iovane::viommu
