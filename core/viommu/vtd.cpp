@@ -302,41 +302,70 @@ bool Vtd::compare_run(const GuestMemory::View& view, Domain& domain, const IovaR
   if (entries == nullptr) entries = domain.path.follow(view, domain.binding.table, domain.rules, iova, inherited);
   if (entries == nullptr) return false;
   const auto count = static_cast<unsigned>(range.span() >> 12) + 1;
-  note(view, domain, sync_entries(view, domain.shadow, domain.rules, iova, entries, count, inherited, budget_, 0));
+  if (!note(domain, sync_entries(view, domain.shadow, domain.rules, iova, entries, count, inherited, budget_, 0)))
+    tasks_.push_back(emptying(domain));
   return true;
 }
 
-void Vtd::note(const GuestMemory::View& view, Domain& domain, const SyncOutcome& outcome) noexcept {
+// False: the domain has failed just now, and must be emptied.
+bool Vtd::note(Domain& domain, const SyncOutcome& outcome) noexcept {
   stats_.entries_compared += outcome.entries;
   stats_.reserved_entries += outcome.reserved_entries;
   if (domain.shadow.staged() != 0) mark_dirty(domain);
-  if (!outcome.error.ok()) [[unlikely]]
-    fail_domain(view, domain, outcome.error);
+  if (outcome.error.ok()) [[likely]]
+    return true;
+  fail_domain(domain, outcome.error);
+  return false;
 }
 
 // Runs a task until it is finished (task.domain becomes null) or the budget is.
 void Vtd::run_task(const GuestMemory::View& view, Task& task) noexcept {
   Domain& domain = *task.domain;
+  if (task.empties) return empty_some(view, task);
   if (domain.failed) {
     task.domain = nullptr;
     return;
   }
   const SyncOutcome outcome =
       sync_range(view, domain.shadow, domain.binding.table, domain.rules, task.range, budget_, 0);
-  note(view, domain, outcome);
-  if (outcome.error.ok() && outcome.resume) {
+  if (!note(domain, outcome)) {
+    task = emptying(domain);
+  } else if (outcome.resume) {
     task.range.start = Iova{*outcome.resume};
   } else {
     task.domain = nullptr;
   }
 }
 
-void Vtd::fail_domain(const GuestMemory::View& view, Domain& domain, const Error& error) noexcept {
+void Vtd::fail_domain(Domain& domain, const Error& error) noexcept {
   ++stats_.failed_domains;
   domain.failed = true;
-  static_cast<void>(domain.shadow.unmap(view, IovaRange::everything(), CutRule::cut));
-  mark_dirty(domain);
   events_.shadow_failed(domain.binding.domain, error);
+}
+
+Vtd::Task Vtd::emptying(Domain& domain) noexcept { return {&domain, IovaRange::everything(), true}; }
+
+// Takes mappings away, a level-1 table's worth at a time, for as long as the budget lasts.
+void Vtd::empty_some(const GuestMemory::View& view, Task& task) noexcept {
+  Domain& domain = *task.domain;
+  ShadowDomain& shadow = domain.shadow;
+  while (budget_.left != 0) {
+    const auto leaf = shadow.index().next(task.range.start.value, task.range.last.value);
+    if (!leaf) {
+      task.domain = nullptr;
+      break;
+    }
+    const Iova last{std::max(leaf->range.last.value, leaf->range.start.value | VtdPath::span)};
+    const auto gone = shadow.unmap(view, {leaf->range.start, last}, CutRule::cut);
+    if (!gone) events_.shadow_failed(domain.binding.domain, gone.error());
+    static_cast<void>(budget_.take(1 + gone.value_or(0U)));
+    if (last == task.range.last) {
+      task.domain = nullptr;
+      break;
+    }
+    task.range.start = Iova{last.value + 1};
+  }
+  if (shadow.staged() != 0) mark_dirty(domain);
 }
 
 bool Vtd::run_tasks(const GuestMemory::View& view) noexcept {

@@ -43,7 +43,7 @@ struct VtdConfig {
   VtdDescriptorRules descriptors{};
   DomainConfig domain{};  ///< of every domain; address_bits, granule and reserved are set here
   std::uint32_t domains_max = 1024;
-  std::uint64_t work_per_call = 1U << 18;  ///< table entries looked at per call
+  std::uint64_t work_per_call = 1U << 16;  ///< table entries looked at, or taken back, per call
 };
 
 /// What the VMM does when the unit has something to say.
@@ -155,9 +155,10 @@ class Vtd {
     Domain* domain = nullptr;
     bool stale = false;  // to be looked up again
   };
-  struct Task {  // a range of a domain to be compared
+  struct Task {  // a range of a domain to be compared, or emptied
     Domain* domain = nullptr;
     IovaRange range{};
+    bool empties = false;
   };
   struct PendingWait {
     bool write_status = false;
@@ -179,11 +180,13 @@ class Vtd {
   std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) const noexcept;
   void invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
   bool compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept;
-  void note(const GuestMemory::View& view, Domain& domain, const SyncOutcome& outcome) noexcept;
+  bool note(Domain& domain, const SyncOutcome& outcome) noexcept;
   void compare(Domain& domain, const IovaRange& range) noexcept;
   bool run_tasks(const GuestMemory::View& view) noexcept;
   void run_task(const GuestMemory::View& view, Task& task) noexcept;
-  void fail_domain(const GuestMemory::View& view, Domain& domain, const Error& error) noexcept;
+  static Task emptying(Domain& domain) noexcept;
+  void empty_some(const GuestMemory::View& view, Task& task) noexcept;
+  void fail_domain(Domain& domain, const Error& error) noexcept;
   bool read_descriptors(const GuestMemory::View& view) noexcept;
   VtdRawDescriptor load_descriptor(const std::uint64_t* page, std::uint32_t index) const noexcept;
   void mark_dirty(Domain& domain) noexcept;

@@ -355,6 +355,22 @@ TEST_F(VtdTest, TablesThatPointAtThemselvesCostABoundedAmountAndEndAsAFailedDoma
   EXPECT_EQ(seen.failures, 1);
   EXPECT_GT(small.stats().yields, 2U) << "others had their turn";
   EXPECT_TRUE(host.held().empty());
+  // A domain that fails again is emptied in pieces, too.
+  hostile.domain(1);
+  const ShadowDomain* domain = small.domain_of(device, std::nullopt);
+  ASSERT_NE(domain, nullptr);
+  std::uint64_t most = 0;
+  std::uint64_t before = domain->stats().leaves_unmapped;
+  Progress progress = hostile.ring();
+  for (;; progress = small.advance()) {
+    const std::uint64_t now = domain->stats().leaves_unmapped;
+    most = std::max(most, now - std::exchange(before, now));
+    if (progress == Progress::done) break;
+  }
+  EXPECT_EQ(small.stats().failed_domains, 2U);
+  EXPECT_GT(most, 0U);
+  EXPECT_LE(most, 4096U + 512U);
+  EXPECT_TRUE(host.held().empty());
   // Page invalidations of a failed domain cost nothing; a whole one starts again, on a table that is sane now.
   hostile.page(1, 0);
   hostile.ring();
