@@ -5,6 +5,7 @@
 #include <new>
 
 #include "base/error_text.hpp"
+#include "viommu/virtio_iommu_domain.hpp"
 
 namespace iovane::viommu {
 namespace {
@@ -49,17 +50,6 @@ Status status_of(const Error& error) noexcept {
 }
 
 }  // namespace
-
-struct VirtioIommu::Domain {
-  Domain(std::uint32_t number, const DomainConfig& config, bool is_bypass)
-      : id{number}, bypass{is_bypass}, shadow{config} {}
-  std::uint32_t id;
-  bool bypass;
-  bool dirty = false;
-  std::uint32_t users = 0;
-  std::vector<IovaRange> reserved;  // of all its endpoints
-  ShadowDomain shadow;
-};
 
 VirtioIommu::VirtioIommu(const GuestMemory& memory, VirtioIommuConfig config)
     : memory_{memory},
@@ -349,13 +339,14 @@ Progress VirtioIommu::advance() noexcept {
 
 // Starts what need not wait for what is before it. False: nothing could.
 bool VirtioIommu::start_requests() noexcept {
+  const auto view = memory_.view();
   bool any = false;
   bool passed_held = false;
   for (std::size_t i = next_; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
     if (slot.state <= Slot::State::held) {
       if (slot.state == Slot::State::fresh) copy_request(slot);
-      if (!start(static_cast<std::uint32_t>(i))) break;
+      if (!start(view, static_cast<std::uint32_t>(i))) break;
       any = any || slot.state != Slot::State::held;
     }
     passed_held = passed_held || slot.state == Slot::State::held;
@@ -375,7 +366,7 @@ void VirtioIommu::copy_request(Slot& slot) noexcept {
 
 // False: it must wait until everything before it was answered, and so must all behind it. It stays held when only its
 // domain's batch is in the way.
-bool VirtioIommu::start(std::uint32_t index) noexcept {
+bool VirtioIommu::start(const GuestMemory::View& view, std::uint32_t index) noexcept {
   Slot& slot = slots_[index];
   const Bytes72& bytes = slot.bytes;
   const auto type = static_cast<RequestType>(bytes[0]);
@@ -404,7 +395,6 @@ bool VirtioIommu::start(std::uint32_t index) noexcept {
   }
   Domain* domain = find_domain(get<std::uint32_t>(bytes, 4));
   if (domain != nullptr && domain->shadow.in_flight()) return true;
-  const auto view = memory_.view();
   slot.status = type == RequestType::map ? do_map(view, bytes, index, domain) : do_unmap(view, bytes, index, domain);
   if (domain != nullptr && domain->shadow.staged() != 0) mark_dirty(*domain);
   if (domain != nullptr && domain->dirty) {  // in its turn, even when it is refused
@@ -414,6 +404,19 @@ bool VirtioIommu::start(std::uint32_t index) noexcept {
     answer(slot, slot.status);
   }
   return true;
+}
+
+VirtioIommu::Domain& VirtioIommu::make_domain(std::uint32_t id, bool bypass) {
+  DomainConfig config = config_.domain;
+  config.name = fmt::format("virtio-iommu domain {}", id);
+  if (bypass) config.granule_shift = 12, config.address_bits = 64;
+  auto made = std::make_unique<Domain>(id, config, bypass);
+  Domain& domain = *made;
+  domains_.insert(
+      std::lower_bound(domains_.begin(), domains_.end(), id, [](const auto& d, std::uint32_t n) { return d->id < n; }),
+      std::move(made));
+  if (bypass) fill_identity(domain);
+  return domain;
 }
 
 Status VirtioIommu::do_attach(const Bytes72& bytes) noexcept {
@@ -437,15 +440,7 @@ Status VirtioIommu::do_attach(const Bytes72& bytes) noexcept {
         static_cast<void>(settle(*endpoint));
         return Status::no_memory;
       }
-      DomainConfig config = config_.domain;
-      config.name = fmt::format("virtio-iommu domain {}", id);
-      if (bypass) config.granule_shift = 12, config.address_bits = 64;
-      auto made = std::make_unique<Domain>(id, config, bypass);
-      domain = made.get();
-      domains_.insert(std::lower_bound(domains_.begin(), domains_.end(), id,
-                                       [](const auto& d, std::uint32_t n) { return d->id < n; }),
-                      std::move(made));
-      if (bypass) fill_identity(*domain);
+      domain = &make_domain(id, bypass);
     }
     const auto joined = join(*endpoint, *domain);
     if (!joined) {

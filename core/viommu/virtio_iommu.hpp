@@ -30,6 +30,8 @@
 
 namespace iovane::viommu {
 
+class StateReader;
+
 struct VirtioIommuConfig {
   std::uint64_t page_size_mask = ~std::uint64_t{0xfff};  ///< lowest bit: granularity, 4 KiB to 256 MiB
   IovaRange input_range = IovaRange::everything();
@@ -92,6 +94,13 @@ class VirtioIommu {
   /// Device reset: every endpoint leaves its domain, every domain goes. Requests not yet answered are dropped.
   Result<void> reset();
 
+  /// What a migrating guest's device is: features, domains with their mappings, which endpoint is where; versioned and
+  /// checksummed. Waits. Requests not yet answered stay in the queue's memory: the VMM hands them over there again.
+  Result<std::vector<std::byte>> save_state();
+  /// Makes this device that one, whose endpoints were added here already. Waits. Errors: bad_format (damaged, another
+  /// version, other endpoints), and the hosts' own; the device is as after reset() then.
+  Result<void> restore_state(std::span<const std::byte> bytes);
+
   /// Takes a prefix of the requests and returns its length, short when there are requests_max already.
   std::size_t handle(std::span<const Request> requests) noexcept;
   /// Goes on with what is pending; `done` when every request taken has its answer ready.
@@ -147,12 +156,14 @@ class VirtioIommu {
   Result<void> leave(Endpoint& endpoint);
   Result<void> settle(Endpoint& endpoint);
   void drop_domain_if_unused(Domain* domain);
+  Domain& make_domain(std::uint32_t id, bool bypass);
   Domain& bypass_domain();
+  Result<void> restore_from(StateReader& in);
   void fill_identity(Domain& domain);
   void update_reserved(Domain& domain);
   void copy_request(Slot& slot) noexcept;
   bool start_requests() noexcept;
-  bool start(std::uint32_t index) noexcept;
+  bool start(const GuestMemory::View& view, std::uint32_t index) noexcept;
   void answer(Slot& slot, virtio::Status status) noexcept;
   virtio::Status do_attach(const Bytes72& bytes) noexcept;
   virtio::Status do_detach(const Bytes72& bytes) noexcept;

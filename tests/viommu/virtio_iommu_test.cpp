@@ -249,6 +249,46 @@ TEST_F(VirtioIommuTest, ANotificationIsOneBatchAnsweredInOrderWhenItIsDone) {
   EXPECT_TRUE(host.held().empty());
 }
 
+TEST_F(VirtioIommuTest, TheDeviceGoesToAnotherHost) {
+  RecordingTarget second{"second"};
+  ASSERT_TRUE(device.add_endpoint(9, &second, {}));
+  ASSERT_TRUE(device.add_endpoint(10, nullptr, {}));
+  EXPECT_EQ(ask(device, attach_request(1, 8)), Status::ok);
+  EXPECT_EQ(ask(device, attach_request(7, 9)), Status::ok);
+  for (std::uint64_t i = 1; i < 40; ++i)
+    EXPECT_EQ(ask(device, map_request(i % 2 == 0 ? 1 : 7, i << 16, (i << 16) + 0x2fff, i << 13, rw)), Status::ok);
+  const auto bytes = device.save_state();
+  ASSERT_TRUE(bytes);
+  RecordingTarget host_there;
+  RecordingTarget second_there;
+  VirtioIommu there{memory, strict_config()};
+  ASSERT_TRUE(there.add_endpoint(8, &host_there, {}));
+  ASSERT_TRUE(there.add_endpoint(9, &second_there, {}));
+  EXPECT_EQ(there.restore_state(*bytes).error().code, Errc::bad_format) << "endpoint 10 is missing";
+  ASSERT_TRUE(there.add_endpoint(10, nullptr, {}));
+  for (std::size_t i = 0; i < bytes->size(); i += 5) {
+    auto damaged = *bytes;
+    damaged[i] ^= std::byte{2};
+    ASSERT_EQ(there.restore_state(damaged).error().code, Errc::bad_format) << i;
+  }
+  ASSERT_TRUE(there.restore_state(*bytes));
+  EXPECT_EQ(*there.save_state(), *bytes);
+  EXPECT_EQ(host_there.held(), host.held());
+  EXPECT_EQ(second_there.held(), second.held());
+  // It goes on as one device.
+  EXPECT_EQ(ask(there, unmap_request(1, 2 << 16, (2 << 16) + 0x2fff)), Status::ok);
+  EXPECT_EQ(host_there.held().size(), host.held().size() - 1);
+  host_there.fault = [](const HostOp& op) {
+    return op.kind == HostOp::Kind::map ? make_error(Errc::entry_limit, Stage::map, "full") : Error{};
+  };
+  EXPECT_EQ(there.restore_state(*bytes).error().code, Errc::entry_limit);
+  EXPECT_TRUE(host_there.held().empty());
+  EXPECT_TRUE(second_there.held().empty());
+  EXPECT_EQ(there.domain(1), nullptr);
+  for (const std::uint32_t id : {8U, 9U, 10U}) ASSERT_TRUE(there.remove_endpoint(id));
+  ASSERT_TRUE(device.remove_endpoint(9));
+}
+
 TEST_F(VirtioIommuTest, ASlowHostDelaysItsOwnDomainOnly) {
   RecordingTarget slow{"slow"};
   ASSERT_TRUE(device.add_endpoint(9, &slow, {}));

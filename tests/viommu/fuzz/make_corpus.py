@@ -85,6 +85,13 @@ def snapshot():
         body = struct.pack("<QIIIIQ", 0x3057444853564F49, 1, 12, 64, 0, len(records))
         body += b"".join(struct.pack("<QQQQ", *r) for r in records)
         out[name] = body + struct.pack("<Q", crc64(body))
+    # Behind a first byte that names what they are: the target puts head and checksum around them.
+    domain = struct.pack("<IIQ", 5, 0, len(out["two"])) + out["two"]
+    out["virtio_iommu"] = b"\x04" + struct.pack("<QII", 0x7F, 0, 1) + domain + struct.pack("<I", 2) + struct.pack("<III", 1, 1, 5) + struct.pack("<III", 2, 1, 5)
+    out["virtio_iommu_none"] = b"\x04" + struct.pack("<QII", 0, 1, 0) + struct.pack("<I", 2) + struct.pack("<III", 1, 0, 0) + struct.pack("<III", 2, 0, 0)
+    window = lambda shift, address, entries, *tces: struct.pack("<IQQQ", shift, address, entries, len(tces)) + b"".join(struct.pack("<QQ", *t) for t in tces)
+    out["papr"] = b"\x08" + struct.pack("<IQ", 1, 0) + window(12, 0, 4096, (1, 0x5003), (2, 0x6003), (9, 0x1001)) + window(16, 1 << 59, 64, (3, 0x20003))
+    out["papr_empty"] = b"\x08" + struct.pack("<IQII", 1, 0, 0, 0)
     return out
 
 
