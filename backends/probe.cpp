@@ -141,6 +141,35 @@ void choose(HostReport& report) {
   report.why = fmt::format("no kernel interface is usable, only the software IOMMU: {}", reasons);
 }
 
+/// A measurement never makes a probe fail: without one the static order stands.
+void measure(Kernel& kernel, const ProbeOptions& options, HostReport& report) {
+  using Measure = ProbeOptions::Measure;
+  if (options.measure == Measure::never) {
+    report.not_measured = "measuring is off";
+    return;
+  }
+  const bool iommufd_usable = std::any_of(report.interfaces.begin(), report.interfaces.end(),
+                                          [](const auto& i) { return i.interface == Interface::iommufd && i.usable; });
+  if (!iommufd_usable) {
+    report.not_measured = "there is nothing to choose: iommufd is not usable";
+    return;
+  }
+  try {
+    const std::uint64_t key = measurement_key(boot_id(), report);
+    const std::string path = measurement_path(options.measurement_file);
+    if (options.measure != Measure::always) report.measurement = load_measurement(path, key);
+    if (!report.measurement && options.measure == Measure::cached) report.not_measured = "nothing is on file";
+    if (!report.measurement && options.measure != Measure::cached) {
+      report.measurement = measure_interfaces(kernel, report, {}, report.not_measured);
+      if (report.measurement) (void)store_measurement(path, *report.measurement, key);
+    }
+    if (report.measurement) choose_by(*report.measurement, report);
+  } catch (...) {
+    report.measurement.reset();
+    report.not_measured = "no memory to measure";
+  }
+}
+
 }  // namespace
 
 Result<HostReport> probe_host(Kernel& kernel, const ProbeOptions& options) {
@@ -158,6 +187,7 @@ Result<HostReport> probe_host(Kernel& kernel, const ProbeOptions& options) {
   report.memlock = kernel.memlock();
   report.parity = parity(report.interfaces);
   choose(report);
+  measure(kernel, options, report);
   if (options.attach_devices && report.choice) attach_for_facts(kernel, *report.choice, report.devices);
   return report;
 }

@@ -1,6 +1,7 @@
 #include "backends/model/domain.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "backends/model/simulated_device.hpp"
 
@@ -11,8 +12,8 @@ unsigned levels_for(unsigned address_bits) noexcept {
 }
 }  // namespace
 
-Domain::Domain(const IommuOptions& iommu) noexcept
-    : iommu_{iommu}, table_{levels_for(iommu.address_bits), iommu.page_sizes} {}
+Domain::Domain(const IommuOptions& iommu, std::shared_ptr<FaultQueue> faults) noexcept
+    : iommu_{iommu}, faults_{std::move(faults)}, table_{levels_for(iommu.address_bits), iommu.page_sizes} {}
 
 Domain::~Domain() = default;
 

@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "backends/model/options.hpp"
@@ -19,11 +20,13 @@
 
 namespace iovane::backends::model {
 
+class FaultQueue;
 class SimulatedDevice;
 
 class Domain {
  public:
-  explicit Domain(const IommuOptions& iommu) noexcept;
+  /// `faults`: where devices ask for pages that are not there; none: they fail.
+  explicit Domain(const IommuOptions& iommu, std::shared_ptr<FaultQueue> faults = nullptr) noexcept;
   ~Domain();
   Domain(const Domain&) = delete;
   Domain& operator=(const Domain&) = delete;
@@ -65,9 +68,11 @@ class Domain {
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
   const PageTable& table() const noexcept { return table_; }
+  const std::shared_ptr<FaultQueue>& faults() const noexcept { return faults_; }
 
  private:
   const IommuOptions iommu_;
+  const std::shared_ptr<FaultQueue> faults_;
   PageTable table_;
   std::vector<SimulatedDevice*> devices_;
   std::atomic<std::uint64_t> epoch_{0};

@@ -132,6 +132,21 @@ long ModelKernel::ioctl_value(int fd, unsigned long request, unsigned long value
   return dispatch(fd, request, value);
 }
 
+long ModelKernel::read(int fd, void* buffer, std::size_t bytes) noexcept {
+  File* file = host_.files.find(fd);
+  return file == nullptr ? -EBADF : file->read(buffer, bytes);
+}
+
+long ModelKernel::write(int fd, const void* buffer, std::size_t bytes) noexcept {
+  File* file = host_.files.find(fd);
+  return file == nullptr ? -EBADF : file->write(buffer, bytes);
+}
+
+int ModelKernel::pollable(int fd) noexcept {
+  File* file = host_.files.find(fd);
+  return file == nullptr ? -1 : file->pollable();
+}
+
 Result<void*> ModelKernel::map_memory(int fd, std::uint64_t offset, std::size_t length, bool) noexcept {
   File* file = host_.files.find(fd);
   void* const memory = file == nullptr ? nullptr : file->mappable(offset, length);

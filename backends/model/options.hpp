@@ -28,6 +28,7 @@ struct IommuOptions {
   unsigned address_bits = 48;  ///< 30 to 57; decides the number of levels (3 to 5) and the aperture
   std::uint64_t page_sizes = (1ULL << 12) | (1ULL << 21) | (1ULL << 30);  ///< bit n: leaves of 2^n bytes
   bool dirty_tracking = true;
+  bool page_faults = true;      ///< devices can wait for pages (PRI, stall)
   unsigned iotlb_entries = 64;  ///< per device, 4 KiB each; 0: every access walks
 };
 

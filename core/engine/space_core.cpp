@@ -57,6 +57,8 @@ Result<std::shared_ptr<SpaceCore>> SpaceCore::create(std::shared_ptr<EngineCore>
   backends::SpaceOptions options;
   options.large_iopte = config.large_iopte;
   options.dirty_tracking = config.dirty_tracking;
+  options.page_faults = config.page_faults;
+  options.copy_from = engine->copy_from();
   auto backend = engine->backend().create_space(options);
   if (!backend) return backend.error();
   if (const Error bad = check_bounds(config)) return bad;
@@ -110,6 +112,7 @@ void SpaceCore::close() noexcept {
   {
     const LaneHold held{lane_};
     if (state_.closed) return;
+    if (dirty_) (void)state_.backend->stop_dirty_tracking();  // so that unmapping everything reads no marks
     // What the kernel refuses to unmap goes when its object closes; nothing of ours names it any more.
     (void)executor_->unmap_all();
     state_.closed = true;
@@ -178,6 +181,7 @@ Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
     return refreshed.error();
   }
   refresh_facts();
+  device_names_[attached->id.value] = {device.pci_address, device.cdev_fd, device.group_fd};
   return DeviceInfo{attached->id.value, std::move(attached->name), attached->device_fd, std::move(attached->reserved)};
 }
 
@@ -186,6 +190,7 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
   if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached;
+  device_names_.erase(device_id);
   refresh_facts();
   return refresh_usable();
 }
@@ -244,6 +249,8 @@ void SpaceCore::refresh_facts() {
   facts_.replace_is_atomic = has(facts.capabilities, backends::Capability::replace_in_place);
   facts_.unmap_may_cut = has(facts.capabilities, backends::Capability::cut_on_unmap);
   facts_.register_pins = has(facts.capabilities, backends::Capability::explicit_pin);
+  facts_.dirty_is_exact =
+      has(facts.capabilities, backends::Capability::dirty_tracking) && !facts.dirty_reads_whole_mappings;
 }
 
 Result<MemoryId> SpaceCore::register_memory(const MemoryConfig& memory) {

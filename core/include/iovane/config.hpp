@@ -30,10 +30,25 @@ struct WorkerConfig {
   std::function<void(unsigned)> on_start{};
 };
 
+/// What "auto" rests on beside a static order (iommufd before type1).
+enum class AutoMeasure : std::uint8_t {
+  never,     ///< the static order alone
+  cached,    ///< a measurement on file counts, none is made
+  when_new,  ///< a short one is made when none is on file for this boot, kernel and set of devices
+  always,
+};
+
 struct EngineConfig {
   /// "auto", "iommufd", "type1" (v2), "type1-v1", "compat", "compat-v1" (type1's calls on /dev/iommu), or the software
   /// IOMMU: "model", "model:type1", "model:type1-v1", "model:compat", "model:compat-v1".
+  /// The environment variable IOVANE_BACKEND stands in for "auto".
   std::string backend = "auto";
+  /// "auto" may open an idle device on each interface, once per boot, and time some maps and unmaps (40 ms of them, and
+  /// whatever the device's reset takes); see docs/LIVE.md. IOVANE_MEASURE=never, cached, when-new or always overrides.
+  AutoMeasure measure = AutoMeasure::when_new;
+  /// Where the measurement is kept; empty: IOVANE_MEASUREMENT_FILE, or $XDG_CACHE_HOME/iovane/interfaces,
+  /// $HOME/.cache/iovane/interfaces, /run/iovane/interfaces.
+  std::string measurement_file;
   /// An open /dev/iommu, or -1. With descriptors given, iovane opens no path: a manager may keep the privileges.
   int iommu_fd = -1;
   /// An open /dev/vfio/vfio, or -1.
@@ -73,7 +88,13 @@ struct AddressSpaceConfig {
   std::uint32_t mappings_max = 1U << 20;  ///< live mappings; one more is limit_reached
   std::uint32_t memories_max = 1U << 16;  ///< registered memories
   bool large_iopte = true;                ///< false: granule-sized IOPTEs only (a measurement knob of iommufd)
+  /// Devices' writes can be recorded, see AddressSpace::start_dirty_tracking(). Costs nothing until that is called;
+  /// devices whose IOMMU cannot track are refused.
   bool dirty_tracking = false;
+  /// Devices may ask for pages that are not mapped and wait, see AddressSpace::page_fault_fd(). Devices that cannot are
+  /// refused; iommufd only.
+  bool page_faults = false;
+  std::uint32_t dirty_runs_max = 1U << 16;  ///< runs of unmapped, written pages kept until they are read
   UnmapMode unmap = UnmapMode::strict;
   RelaxedBounds relaxed{};  ///< UnmapMode::relaxed
 };
