@@ -23,6 +23,8 @@
 
 namespace iovane::backends {
 
+class SpaprControl;
+
 /// The kernel interface under a backend.
 enum class Interface : std::uint8_t {
   iommufd,    ///< IOAS of /dev/iommu
@@ -177,6 +179,9 @@ class BackendSpace {
   /// has no such call (the engine then checks by itself).
   virtual Result<void> promise(std::span<const IovaRange> ranges) = 0;
   virtual Headroom headroom() noexcept = 0;
+
+  /// Windows, error handling and hand-over to KVM (spapr_tce/spapr_control.hpp); null on other interfaces.
+  virtual SpaprControl* spapr() noexcept { return nullptr; }
 };
 
 /// An open interface.

@@ -16,6 +16,7 @@
 
 #include "backends/model/options.hpp"
 #include "backends/model/page_table.hpp"
+#include "backends/model/spapr_windows.hpp"
 
 namespace iovane::backends::model {
 
@@ -24,6 +25,8 @@ class SimulatedDevice;
 class Domain {
  public:
   explicit Domain(const IommuOptions& iommu) noexcept;
+  /// Devices translate through sPAPR windows, which outlive it; its own table stays empty.
+  Domain(const IommuOptions& iommu, const TceWindows& windows) noexcept;
   ~Domain();
   Domain(const Domain&) = delete;
   Domain& operator=(const Domain&) = delete;
@@ -64,11 +67,15 @@ class Domain {
     // E.epoch - pairs with invalidate(), see above.
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
+  Translation walk(Iova address) const noexcept {
+    return windows_ == nullptr ? table_.walk(address) : windows_->walk(address);
+  }
   const PageTable& table() const noexcept { return table_; }
 
  private:
   const IommuOptions iommu_;
   PageTable table_;
+  const TceWindows* windows_ = nullptr;
   std::vector<SimulatedDevice*> devices_;
   std::atomic<std::uint64_t> epoch_{0};
   std::atomic<bool> dirty_tracking_{false};
