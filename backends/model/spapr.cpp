@@ -43,6 +43,11 @@ long SpaprContainerFile::ioctl(unsigned long request, std::uint64_t argument) no
   }
 }
 
+bool SpaprContainerFile::enabled() const noexcept {
+  const std::shared_lock lock{mutex_};
+  return enabled_;
+}
+
 bool SpaprContainerFile::has_driver() const noexcept {
   const std::shared_lock lock{mutex_};
   return driver_ != Driver::none;
@@ -109,7 +114,7 @@ void SpaprContainerFile::detach(IommuGroup& group) noexcept {
 }
 
 void SpaprContainerFile::drop_all() noexcept {
-  if (enabled_)
+  if (enabled_ && driver_ == Driver::v1)
     host_.accounting.unpin(Ledger::process, platform().default_window.length().value / os_page_bytes, usage_);
   for (std::size_t slot = 0; slot < TceWindows::windows_max; ++slot) drop_window(slot);
   for (SpaprMemory::Region* region : registered_) host_.spapr_memory.release(region, host_.accounting, usage_);
@@ -244,7 +249,10 @@ long SpaprContainerFile::register_memory(std::uint64_t argument) noexcept {
   try {
     registered_.reserve(registered_.size() + 1);
     const long rc = host_.spapr_memory.acquire(c.vaddr, c.size, host_.memory, host_.accounting, usage_, region);
-    if (rc == 0) registered_.push_back(region);
+    if (rc == 0) {
+      registered_.push_back(region);
+      enabled_ = true;
+    }
     return rc;
   } catch (const std::bad_alloc&) {
     return -ENOMEM;
@@ -309,7 +317,7 @@ void SpaprContainerFile::clear(TceTable& table, std::uint64_t first, std::uint64
 
 long SpaprContainerFile::map(std::uint64_t argument) noexcept {
   vfio::Type1DmaMap c;
-  if (driver_ == Driver::v1 && !enabled_) return -EPERM;
+  if (!enabled()) return -EPERM;
   if (const int rc = read_vfio(argument, sizeof c, c); rc != 0) return rc;
   constexpr std::uint32_t rights = vfio::dma_map_flag_read | vfio::dma_map_flag_write;
   if ((c.flags & ~rights) != 0) return -EINVAL;
@@ -333,7 +341,7 @@ long SpaprContainerFile::map(std::uint64_t argument) noexcept {
 
 long SpaprContainerFile::unmap(std::uint64_t argument) noexcept {
   vfio::Type1DmaUnmap c;
-  if (driver_ == Driver::v1 && !enabled_) return -EPERM;
+  if (!enabled()) return -EPERM;
   if (const int rc = read_vfio(argument, sizeof c, c); rc != 0) return rc;
   if (c.flags != 0) return -EINVAL;
   if (const int rc = ready_window(); rc != 0) return rc;

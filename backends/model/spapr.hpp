@@ -48,6 +48,7 @@ class SpaprContainerFile final : public Container {
   long remove(std::uint64_t argument) noexcept;
   long eeh(std::uint64_t argument) noexcept;
 
+  bool enabled() const noexcept;
   int ready_window() noexcept;
   // Under mutex_, exclusively.
   int make_default_window() noexcept;
@@ -63,7 +64,7 @@ class SpaprContainerFile final : public Container {
   std::vector<IommuGroup*> groups_;  // under Host::vfio_mutex
   mutable std::shared_mutex mutex_;
   Driver driver_ = Driver::none;
-  bool enabled_ = false;         // v1
+  bool enabled_ = false;          // v1: by ENABLE, which charges; v2: by the first REGISTER
   bool default_pending_ = false;  // v2
   TceWindows windows_;
   std::unique_ptr<Domain> domain_;

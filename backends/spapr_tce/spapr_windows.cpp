@@ -1,4 +1,5 @@
 // The control plane of a sPAPR space: devices, windows, and what the kernel charges for them.
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -32,6 +33,26 @@ class LockedDifference {
  private:
   Kernel& kernel_;
   std::uint64_t before_;
+};
+
+class OwnPage {
+ public:
+  explicit OwnPage(std::uint64_t bytes) noexcept
+      : bytes_{bytes},
+        memory_{::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)} {}
+  OwnPage(const OwnPage&) = delete;
+  OwnPage& operator=(const OwnPage&) = delete;
+  ~OwnPage() {
+    if (memory_ != MAP_FAILED) ::munmap(memory_, bytes_);
+  }
+  /// 0 when there is none.
+  std::uint64_t address() const noexcept {
+    return memory_ == MAP_FAILED ? 0 : reinterpret_cast<std::uintptr_t>(memory_);
+  }
+
+ private:
+  std::uint64_t bytes_;
+  void* memory_;
 };
 
 }  // namespace
@@ -154,12 +175,19 @@ Result<SpaprLimits> SpaprSpace::limits() {
 }
 
 /// Version 2 makes the default window with the first call that needs it; an unmap of one page that is not mapped is
-/// such a call and changes nothing else. So its memory is charged here, where a refusal can still be said.
+/// such a call and changes nothing else. So its memory is charged here, where a refusal can still be said. The unmap is
+/// EPERM until the container is enabled, which on version 2 the first successful REGISTER does: hence a page of our own,
+/// registered for a moment.
 Result<void> SpaprSpace::open_default_window() {
   const auto known = limits();
   if (!known) return known.error();
   if (!known->default_window.well_formed()) return {};
   if (!version_1()) {
+    const OwnPage page{os_page_};
+    if (page.address() == 0) return make_error(Errc::out_of_memory, Stage::attach, "no memory for a page");
+    const auto held = memory_.hold(page.address(), os_page_);
+    if (!held) return held.error();
+    memory_.release(*held);
     uapi::Type1DmaUnmap touch{.iova = known->default_window.start.value, .size = 4096};
     if (const int why = call(kernel_, container_.get(), touch); why == ENOMEM) {
       return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::attach, "the default window's table",
