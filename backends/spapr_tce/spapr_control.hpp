@@ -35,6 +35,16 @@ struct SpaprWindowRequest {
   std::uint32_t levels = 0;  ///< 0: as few as the kernel can find memory for
 };
 
+/// What a window's table can charge to the process's locked memory at most: for preflight, before a device is there.
+/// powernv charges the hardware's entries and the kernel's list of process addresses, pseries less; further levels add
+/// a fraction. SpaprWindow::table has what it was.
+constexpr Bytes spapr_table_bytes_max(Bytes length, Bytes page) noexcept {
+  const std::uint64_t entries = length.value / page.value;
+  return Bytes{2 * entries * 8 + 2 * 65536};
+}
+/// What ENABLE of version 1 charges: the whole default window.
+constexpr Bytes spapr_v1_charge(IovaRange default_window) noexcept { return default_window.length(); }
+
 /// Threads: control plane, as BackendSpace. Needs an attached device unless said otherwise (no_device).
 class SpaprControl {
  public:

@@ -191,7 +191,7 @@ Result<void> SpaprSpace::open_default_window() {
     uapi::Type1DmaUnmap touch{.iova = known->default_window.start.value, .size = 4096};
     if (const int why = call(kernel_, container_.get(), touch); why == ENOMEM) {
       return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::attach, "the default window's table",
-                               Bytes{known->default_window.length().value / 4096 * 8});
+                               spapr_table_bytes_max(known->default_window.length(), Bytes{4096}));
     } else if (why != 0) {
       return explain_call(Stage::attach, "making the default window", why);
     }
@@ -268,13 +268,12 @@ Result<SpaprWindow> SpaprSpace::create_window(const SpaprWindowRequest& request)
     }
     if (why == ENOSPC) break;  // no further window, however deep
   }
-  const std::uint64_t table = request.length.value / request.page.value * 8;
   if (why == ENOSPC || why == EBUSY)
     return base::fail(Errc::limit_reached, Stage::reserve, why,
                       "the platform makes no further window ({} exist); remove one", books_.size());
   if (why == ENOMEM)
     return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::reserve, "VFIO_IOMMU_SPAPR_TCE_CREATE",
-                             Bytes{table});
+                             spapr_table_bytes_max(request.length, request.page));
   return base::fail(Errc::io_error, Stage::reserve, why,
                     "VFIO_IOMMU_SPAPR_TCE_CREATE of {} bytes with pages of {} failed at up to {} levels: errno {}",
                     request.length.value, request.page.value, last, why);
