@@ -82,16 +82,17 @@ Result<std::unique_ptr<KvmTable>> KvmTce::create_table(const KvmTableShape& shap
   if (shape.page_shift >= 64 || shape.entries == 0 ||
       !base::is_aligned(shape.address, std::uint64_t{1} << shape.page_shift) ||
       shape.entries > ~std::uint64_t{0} >> shape.page_shift)
-    return base::fail(Errc::invalid_argument, Stage::open, 0,
-                      "a table of {} entries of 2^{} bytes at {:#x} is no window: the address is a multiple of the page",
-                      shape.entries, shape.page_shift, shape.address);
+    return base::fail(
+        Errc::invalid_argument, Stage::open, 0,
+        "a table of {} entries of 2^{} bytes at {:#x} is no window: the address is a multiple of the page",
+        shape.entries, shape.page_shift, shape.address);
   long fd = 0;
   if (any_window_) {
     kvm::CreateSpaprTce64 create{.liobn = shape.liobn,
-                                  .page_shift = shape.page_shift,
-                                  .flags = 0,
-                                  .offset = shape.address >> shape.page_shift,
-                                  .size = shape.entries};
+                                 .page_shift = shape.page_shift,
+                                 .flags = 0,
+                                 .offset = shape.address >> shape.page_shift,
+                                 .size = shape.entries};
     fd = kernel_.ioctl(vm_.get(), kvm::CreateSpaprTce64::request, &create);
   } else {
     if (shape.page_shift != 12 || shape.address != 0 || shape.entries > 0xffff'f000U >> 12)
@@ -129,8 +130,7 @@ KvmTable::~KvmTable() {
 Result<void> KvmTable::couple(BackendSpace& space) {
   SpaprControl* const control = space.spapr();
   if (control == nullptr || !owner_.can_couple_)
-    return base::fail(Errc::unsupported, Stage::attach, 0,
-                      "LIOBN {:#x} cannot be coupled: {}", shape_.liobn,
+    return base::fail(Errc::unsupported, Stage::attach, 0, "LIOBN {:#x} cannot be coupled: {}", shape_.liobn,
                       control == nullptr ? "the address space is no sPAPR container"
                                          : "this kernel's KVM does not know VFIO groups (KVM_CAP_SPAPR_TCE_VFIO)");
   if (const auto ready = owner_.need_device(); !ready) return ready;

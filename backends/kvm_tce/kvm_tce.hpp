@@ -1,5 +1,5 @@
-// TCE tables inside KVM: the kernel answers a guest's H_PUT_TCE, H_PUT_TCE_INDIRECT and H_STUFF_TCE without an exit, and
-// brings each change to the hardware tables of the VFIO groups that a table was coupled to.
+// TCE tables inside KVM: the kernel answers a guest's H_PUT_TCE, H_PUT_TCE_INDIRECT and H_STUFF_TCE without an exit,
+// and brings each change to the hardware tables of the VFIO groups that a table was coupled to.
 //
 // Rules of the interface (Linux 6.12 and 7.2): a group is coupled to a table by its descriptor, after it was added to
 // the VM's VFIO device; the hardware window must be there, at the table's very place, of its very size, with pages no
@@ -34,8 +34,8 @@ struct KvmTableShape {
 
 class KvmTce;
 
-/// A table in KVM. The destructor closes it, which uncouples everything: hypercalls for its LIOBN exit to userspace from
-/// then on, and the hardware's entries stay.
+/// A table in KVM. The destructor closes it, which uncouples everything: hypercalls for its LIOBN exit to userspace
+/// from then on, and the hardware's entries stay.
 class KvmTable {
  public:
   ~KvmTable();
@@ -46,9 +46,9 @@ class KvmTable {
   /// The entries as the guest wrote them, shared with the kernel: use relaxed atomic accesses of whole words. Storing
   /// here changes what H_GET_TCE reads, not the hardware.
   std::span<std::uint64_t> entries() noexcept { return entries_; }
-  /// From now on each change goes to the hardware tables of all groups of this sPAPR space; again for groups that joined
-  /// it since. On failure nothing of this call is left. Errors: unsupported (no sPAPR space, no such capability),
-  /// invalid_argument (no window of that place and size with pages as small), busy.
+  /// From now on each change goes to the hardware tables of all groups of this sPAPR space; again for groups that
+  /// joined it since. On failure nothing of this call is left. Errors: unsupported (no sPAPR space, no such
+  /// capability), invalid_argument (no window of that place and size with pages as small), busy.
   Result<void> couple(BackendSpace& space);
   std::size_t coupled_groups() const noexcept { return groups_.size(); }
 
@@ -73,7 +73,7 @@ class KvmTce {
   KvmTce& operator=(const KvmTce&) = delete;
   ~KvmTce() = default;  ///< all tables are gone
 
-  bool any_window() const noexcept { return any_window_; }          ///< page sizes and places, not only 4 KiB at 0
+  bool any_window() const noexcept { return any_window_; }            ///< page sizes and places, not only 4 KiB at 0
   bool lists_in_kernel() const noexcept { return lists_in_kernel_; }  ///< INDIRECT and STUFF
   bool can_couple() const noexcept { return can_couple_; }
 

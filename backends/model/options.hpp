@@ -70,7 +70,7 @@ struct ModelOptions {
   std::uint32_t dma_entry_limit = 65535;  ///< type1's module parameter
   /// A POWER host: containers have the sPAPR driver instead of type1. Without /dev/iommu: there is no such backend.
   std::optional<SpaprOptions> spapr{};
-  std::size_t descriptors_max = 4096;     ///< EMFILE beyond
+  std::size_t descriptors_max = 4096;  ///< EMFILE beyond
 };
 
 }  // namespace iovane::backends::model

@@ -188,8 +188,7 @@ void SpaprContainerFile::drop_window(std::size_t slot) noexcept {
   clear(*table, 0, table->count());
   windows_.set(slot, nullptr);
   if (domain_) domain_->invalidate(table->range());
-  if (driver_ == Driver::v2)
-    host_.accounting.unpin(Ledger::process, table->charged_bytes() / os_page_bytes, usage_);
+  if (driver_ == Driver::v2) host_.accounting.unpin(Ledger::process, table->charged_bytes() / os_page_bytes, usage_);
 }
 
 long SpaprContainerFile::create(std::uint64_t argument) noexcept {
@@ -264,9 +263,8 @@ long SpaprContainerFile::unregister_memory(std::uint64_t argument) noexcept {
   if (const int rc = read_vfio(argument, sizeof c, c); rc != 0) return rc;
   if (c.flags != 0 || !base::is_aligned(c.vaddr | c.size, os_page_bytes)) return -EINVAL;
   const std::unique_lock lock{mutex_};
-  const auto at = std::find_if(registered_.begin(), registered_.end(), [&](const SpaprMemory::Region* r) {
-    return r->start == c.vaddr && r->bytes == c.size;
-  });
+  const auto at = std::find_if(registered_.begin(), registered_.end(),
+                               [&](const SpaprMemory::Region* r) { return r->start == c.vaddr && r->bytes == c.size; });
   if (at == registered_.end()) return -ENOENT;
   SpaprMemory::Region* const region = *at;
   registered_.erase(at);

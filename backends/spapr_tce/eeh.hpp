@@ -26,8 +26,9 @@ enum class EehReset : std::uint8_t { hot, fundamental };
 
 /// An error to be made up by the platform, for tests of recovery.
 struct EehInjection {
-  bool wide = false;           ///< a 64-bit error instead of a 32-bit one
-  std::uint32_t function = 0;  ///< LoPAR's ibm,errinjct function: 0 load from memory, 4 load from configuration space, ...
+  bool wide = false;  ///< a 64-bit error instead of a 32-bit one
+  std::uint32_t function =
+      0;  ///< LoPAR's ibm,errinjct function: 0 load from memory, 4 load from configuration space, ...
   std::uint64_t address = 0;
   std::uint64_t mask = 0;
 };

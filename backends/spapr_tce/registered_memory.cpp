@@ -100,7 +100,7 @@ Result<std::uint32_t> SpaceMemory::fresh_number() {
 
 Result<std::uint32_t> SpaceMemory::hold_piece(MemorySpan span) {
   if (const auto known = by_start_.find(span.start); known != by_start_.end()) {
-    process_.give_back(span.start);  // this container was counted when it registered
+    process_.give_back(span.start);                                   // this container was counted when it registered
     at(known->second).holds.fetch_add(1, std::memory_order_relaxed);  // relaxed: changes under the mutex
     return known->second;
   }

@@ -7,8 +7,8 @@
 // it. ProcessMemory knows the pieces of all spaces of one backend; SpaceMemory those that one container registered.
 //
 // Threads. A mutex per SpaceMemory and one per ProcessMemory around registering, which is control plane, and around
-//   maps of memory that nobody registered. The hot path, maps of held memory and their unmaps, takes neither: it adds to
-//   `tces` of a registration that a region holds.
+//   maps of memory that nobody registered. The hot path, maps of held memory and their unmaps, takes neither: it adds
+//   to `tces` of a registration that a region holds.
 // A registration's number stays its own while it is in use; its storage never moves.
 #pragma once
 

@@ -57,8 +57,9 @@ class SpaprControl {
   /// Sorted by address. Empty without a device.
   virtual std::vector<SpaprWindow> windows() const = 0;
   /// Makes a dynamic window; the platform chooses its place. Its memory is charged to the process (memlock_exceeded
-  /// when there is no room). Errors: unsupported (version 1, page size), limit_reached (no further window; a create that
-  /// failed in firmware can block further ones of that group until reboot), out_of_memory (at every number of levels).
+  /// when there is no room). Errors: unsupported (version 1, page size), limit_reached (no further window; a create
+  /// that failed in firmware can block further ones of that group until reboot), out_of_memory (at every number of
+  /// levels).
   virtual Result<SpaprWindow> create_window(const SpaprWindowRequest& request) = 0;
   /// Removes the window that begins at `start`, the default one included; usable_ranges() shrinks. Walks every entry:
   /// about half a second per GiB of 4 KiB pages under emulation. Errors: not_found, busy (something is mapped in it).

@@ -90,7 +90,7 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   bool has_eeh_ = false;
   type1::VfioGroups groups_;
   SpaceMemory memory_;
-  std::vector<TceBook> books_;  // sorted by address
+  std::vector<TceBook> books_;   // sorted by address
   std::vector<Region> regions_;  // index = RegionId - 1
   std::atomic<std::uint64_t> live_bytes_{0};
   std::uint64_t os_page_;

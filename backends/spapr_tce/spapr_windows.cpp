@@ -38,8 +38,7 @@ class LockedDifference {
 class OwnPage {
  public:
   explicit OwnPage(std::uint64_t bytes) noexcept
-      : bytes_{bytes},
-        memory_{::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)} {}
+      : bytes_{bytes}, memory_{::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)} {}
   OwnPage(const OwnPage&) = delete;
   OwnPage& operator=(const OwnPage&) = delete;
   ~OwnPage() {
@@ -67,8 +66,8 @@ SpaprSpace::SpaprSpace(Kernel& kernel, KernelFd container, Interface interface, 
       os_page_{static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))} {
   static_cast<void>(options);  // TCEs have the window's page size; devices' writes are not recorded
   facts_.interface = interface;
-  facts_.capabilities = Capability::cut_on_unmap | Capability::replace_in_place | Capability::parallel_map |
-                        Capability::span_unmap;
+  facts_.capabilities =
+      Capability::cut_on_unmap | Capability::replace_in_place | Capability::parallel_map | Capability::span_unmap;
   if (interface == Interface::spapr_v2)
     facts_.capabilities = facts_.capabilities | Capability::explicit_pin | Capability::choose_window;
 }
@@ -158,7 +157,8 @@ Result<void> SpaprSpace::hold_regions() {
 
 Result<SpaprLimits> SpaprSpace::limits() {
   if (groups_.empty())
-    return base::fail(Errc::no_device, Stage::query, 0, "a sPAPR container knows its windows once a device is attached");
+    return base::fail(Errc::no_device, Stage::query, 0,
+                      "a sPAPR container knows its windows once a device is attached");
   uapi::SpaprTceInfo info;
   if (const int why = call(kernel_, container_.get(), info); why != 0)
     return explain_call(Stage::query, "VFIO_IOMMU_SPAPR_TCE_GET_INFO", why);
@@ -176,8 +176,8 @@ Result<SpaprLimits> SpaprSpace::limits() {
 
 /// Version 2 makes the default window with the first call that needs it; an unmap of one page that is not mapped is
 /// such a call and changes nothing else. So its memory is charged here, where a refusal can still be said. The unmap is
-/// EPERM until the container is enabled, which on version 2 the first successful REGISTER does: hence a page of our own,
-/// registered for a moment.
+/// EPERM until the container is enabled, which on version 2 the first successful REGISTER does: hence a page of our
+/// own, registered for a moment.
 Result<void> SpaprSpace::open_default_window() {
   const auto known = limits();
   if (!known) return known.error();
@@ -196,11 +196,8 @@ Result<void> SpaprSpace::open_default_window() {
       return explain_call(Stage::attach, "making the default window", why);
     }
   }
-  auto book = TceBook::make({.range = known->default_window,
-                             .page = Bytes{4096},
-                             .levels = 0,
-                             .table = {},
-                             .is_default = true});
+  auto book = TceBook::make(
+      {.range = known->default_window, .page = Bytes{4096}, .levels = 0, .table = {}, .is_default = true});
   if (!book) return book.error();
   add_book(*std::move(book));
   return {};
@@ -284,8 +281,7 @@ Result<void> SpaprSpace::remove_window(Iova start) {
                                [&](const TceBook& book) { return book.window().range.start == start; });
   if (at == books_.end())
     return base::fail(Errc::not_found, Stage::release, 0, "no window begins at {:#x}", start.value);
-  if (version_1())
-    return base::fail(Errc::unsupported, Stage::release, 0, "version 1 keeps its default window");
+  if (version_1()) return base::fail(Errc::unsupported, Stage::release, 0, "version 1 keeps its default window");
   if (at->first_live(at->run_of(at->window().range)))
     return base::fail(Errc::busy, Stage::release, 0, "something is mapped in the window at {:#x}; unmap it first",
                       start.value);
@@ -302,10 +298,11 @@ Result<void> SpaprSpace::detach(DeviceId device) {
   if (!groups_.is_last(device)) return groups_.remove(device);
   const std::uint64_t live = live_bytes_.load(std::memory_order_relaxed);  // relaxed: control plane
   if (live != 0)
-    return base::fail(Errc::busy, Stage::detach, 0,
-                      "device {} is the last of its sPAPR container, whose windows go with it, and {} bytes are mapped; "
-                      "unmap everything or attach another device first",
-                      device.value, live);
+    return base::fail(
+        Errc::busy, Stage::detach, 0,
+        "device {} is the last of its sPAPR container, whose windows go with it, and {} bytes are mapped; "
+        "unmap everything or attach another device first",
+        device.value, live);
   disconnect();
   return groups_.remove(device);
 }

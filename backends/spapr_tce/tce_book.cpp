@@ -16,8 +16,7 @@ Result<TceBook> TceBook::make(const SpaprWindow& window) {
   std::unique_ptr<std::atomic<bool>[]> touched { new (std::nothrow) std::atomic<bool>[(count >> chunk_shift) + 1] {} };
   void* const memory = ::mmap(nullptr, count * sizeof(TceWord), PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory != MAP_FAILED && touched)
-    return TceBook{window, static_cast<TceWord*>(memory), count, std::move(touched)};
+  if (memory != MAP_FAILED && touched) return TceBook{window, static_cast<TceWord*>(memory), count, std::move(touched)};
   if (memory != MAP_FAILED) ::munmap(memory, count * sizeof(TceWord));
   return base::fail(Errc::out_of_memory, Stage::reserve, 0,
                     "no address space for the book of a window with {} entries; create a smaller one, or one with "

@@ -58,10 +58,10 @@ struct DeviceAttribute {
   std::uint64_t attr = 0;
   std::uint64_t addr = 0;
 };
-inline constexpr std::uint32_t vfio_group = 1;            ///< DeviceAttribute::group
-inline constexpr std::uint64_t vfio_group_add = 1;        ///< addr: an int, the group's descriptor. EEXIST: is there
-inline constexpr std::uint64_t vfio_group_del = 2;        ///< the same; uncouples the group from every table
-inline constexpr std::uint64_t vfio_group_set_tce = 3;    ///< addr: a VfioSpaprTce
+inline constexpr std::uint32_t vfio_group = 1;          ///< DeviceAttribute::group
+inline constexpr std::uint64_t vfio_group_add = 1;      ///< addr: an int, the group's descriptor. EEXIST: is there
+inline constexpr std::uint64_t vfio_group_del = 2;      ///< the same; uncouples the group from every table
+inline constexpr std::uint64_t vfio_group_set_tce = 3;  ///< addr: a VfioSpaprTce
 
 struct VfioSpaprTce {
   std::int32_t groupfd = -1;

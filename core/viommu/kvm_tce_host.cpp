@@ -28,18 +28,15 @@ class Table final : public KvmTceTable {
 }  // namespace
 
 Result<std::unique_ptr<KvmTceTable>> KvmSpaprHost::create(const TceWindow& window) {
-  auto made = kvm_.create_table({.liobn = window.liobn,
-                                 .page_shift = window.page_shift,
-                                 .address = window.address,
-                                 .entries = window.entries});
+  auto made = kvm_.create_table(
+      {.liobn = window.liobn, .page_shift = window.page_shift, .address = window.address, .entries = window.entries});
   if (!made) return made.error();
   return std::unique_ptr<KvmTceTable>{std::make_unique<Table>(*std::move(made))};
 }
 
 bool KvmSpaprHost::can_couple(const ShadowTarget& target) const noexcept {
   const auto* const behind = dynamic_cast<const BackendTarget*>(&target);
-  return kvm_.can_couple() && behind != nullptr &&
-         behind->space().facts().interface == backends::Interface::spapr_v2;
+  return kvm_.can_couple() && behind != nullptr && behind->space().facts().interface == backends::Interface::spapr_v2;
 }
 
 void KvmSpaprHost::hand_to_kernel(ShadowTarget& target, const IovaRange& range) noexcept {

@@ -8,8 +8,8 @@
 
 namespace iovane::viommu {
 
-/// Couples tables to the host address spaces of BackendTargets on sPAPR version 2; other targets keep their PHB's tables
-/// in userspace. `kvm` outlives it. Threads: as PaprTce.
+/// Couples tables to the host address spaces of BackendTargets on sPAPR version 2; other targets keep their PHB's
+/// tables in userspace. `kvm` outlives it. Threads: as PaprTce.
 class KvmSpaprHost final : public KvmTceHost {
  public:
   explicit KvmSpaprHost(backends::KvmTce& kvm) noexcept : kvm_{kvm} {}

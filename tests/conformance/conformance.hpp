@@ -81,12 +81,12 @@ class Conformance : public testing::TestWithParam<Interface> {
   static constexpr std::uint64_t base = 0x1000'0000;
 };
 
-#define IOVANE_CONFORMANCE(suite)                                                                        \
-  INSTANTIATE_TEST_SUITE_P(Kernel, suite,                                                                \
-                           testing::Values(Interface::iommufd, Interface::type1_v2, Interface::type1_v1, \
-                                           Interface::compat_v2, Interface::compat_v1,                   \
-                                           Interface::spapr_v2, Interface::spapr_v1),                    \
-                           [](const auto& test) { return iovane::test::parameter_name(test.param); })
+#define IOVANE_CONFORMANCE(suite)                                                                         \
+  INSTANTIATE_TEST_SUITE_P(                                                                               \
+      Kernel, suite,                                                                                      \
+      testing::Values(Interface::iommufd, Interface::type1_v2, Interface::type1_v1, Interface::compat_v2, \
+                      Interface::compat_v1, Interface::spapr_v2, Interface::spapr_v1),                    \
+      [](const auto& test) { return iovane::test::parameter_name(test.param); })
 
 std::string parameter_name(Interface interface);
 

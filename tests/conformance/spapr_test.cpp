@@ -1,4 +1,5 @@
-// What only sPAPR has: windows, registered memory, replacing in place, error handling. The same on the model and on POWER.
+// What only sPAPR has: windows, registered memory, replacing in place, error handling. The same on the model and on
+// POWER.
 #include <fmt/format.h>
 #include <sys/mman.h>
 
@@ -138,11 +139,12 @@ TEST_P(SpaprContract, large_pages_are_one_tce_each) {
     EXPECT_EQ(space_->facts().page_sizes, 4096 | page);
     witness_ = machine_->witness(*space_, device_);
     const std::uint64_t start = window->range.start.value;
-    const BackendOp op{.kind = OpKind::map,
-                       .access = Access::read_write,
-                       .region = *region,
-                       .range = *IovaRange::from_length(Iova{start + page}, Bytes{2 * page < memory.bytes ? 2 * page : page}),
-                       .memory = 0};
+    const BackendOp op{
+        .kind = OpKind::map,
+        .access = Access::read_write,
+        .region = *region,
+        .range = *IovaRange::from_length(Iova{start + page}, Bytes{2 * page < memory.bytes ? 2 * page : page}),
+        .memory = 0};
     const auto mapped = run(*space_, op);
     if (!memory.huge() && machine_->kernel().description().find("Linux") == 0 && page > os_page_bytes()) {
       EXPECT_EQ(mapped.error.code, Errc::bad_memory) << mapped.error.message();
