@@ -75,6 +75,7 @@ class KvmTceLab : public testing::Test {
     host_ = std::make_unique<KvmSpaprHost>(*kvm_);
     papr_ = std::make_unique<PaprTce>(memory_, host_.get());
     target_ = std::make_unique<BackendTarget>("container", *space_);
+    for (const Region& region : memory_.regions()) ASSERT_TRUE(target_->add_region(region));
     PhbConfig phb;
     phb.buid = buid;
     phb.liobn = liobn;
@@ -87,7 +88,9 @@ class KvmTceLab : public testing::Test {
   }
   void TearDown() override {
     witness_.reset();
-    if (papr_ && target_) EXPECT_TRUE(papr_->remove_device(buid, target_.get()));
+    if (papr_ && target_) {
+      EXPECT_TRUE(papr_->remove_device(buid, target_.get()));
+    }
     papr_.reset();
     target_.reset();
     host_.reset();

@@ -57,6 +57,10 @@ TEST(PaprReplayLab, the_kernels_table_is_what_the_guest_asked_for) {
   ASSERT_NE(witness, nullptr);
   {
     BackendTarget target{"container", **space};
+    for (const Region& region : memory.regions()) {
+      const auto added = target.add_region(region);
+      ASSERT_TRUE(added) << added.error().message();
+    }
     PaprTce papr{memory, nullptr};
     PhbConfig phb;
     phb.buid = buid;
