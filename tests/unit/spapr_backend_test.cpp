@@ -337,7 +337,8 @@ TEST(SpaprModel, answers_as_linux_does) {
   EXPECT_EQ(map(memory.address(), 0, 4096), 0);
   EXPECT_EQ(unreg(memory.address(), 8 * 4096), 0) << "with a live TCE: the memory stays pinned for good";
   EXPECT_EQ(unmap(0, 4096), 0);
-  EXPECT_EQ(host->usage().charged_process.value % (1 << 20), 0x4'0000U + 8U * 4096) << "the second window's table, and it";
+  EXPECT_EQ(host->usage().charged_process.value % (1 << 20), 0x4'0000U + 8U * 4096)
+      << "the second window's table, and it";
   host->close(group);
   host->close(container);
 }
