@@ -25,6 +25,8 @@
 
 namespace iovane::backends {
 
+class SpaprControl;
+
 /// The kernel interface under a backend.
 enum class Interface : std::uint8_t {
   iommufd,    ///< IOAS of /dev/iommu
@@ -202,6 +204,9 @@ class BackendSpace {
   virtual Result<std::size_t> read_page_faults(std::span<PageFault> out) noexcept;
   /// Lets the requests of one cookie go: the device tries again, or gives up. not_found when nobody waits for it.
   virtual Result<void> answer_page_fault(std::uint32_t cookie, bool retry) noexcept;
+
+  /// Windows, error handling and hand-over to KVM (spapr_tce/spapr_control.hpp); null on other interfaces.
+  virtual SpaprControl* spapr() noexcept { return nullptr; }
 };
 
 /// An open interface.

@@ -41,6 +41,7 @@ struct DeviceReport {
   bool dirty_tracking = false;
 };
 
+/// What the IOMMU cannot tell apart. On POWER, a partitionable endpoint: everything behind one of its bridges.
 struct GroupReport {
   int number = -1;
   std::vector<std::string> devices;  ///< PCI addresses
@@ -53,6 +54,7 @@ struct ParityLine {
   bool iommufd = false;
   bool type1 = false;
   bool compat = false;
+  bool spapr = false;
 };
 
 struct HostReport {

@@ -1,12 +1,12 @@
 // A host without a kernel: the Kernel seam answered by a software IOMMU.
 //
-// It answers the ioctls of iommufd, of VFIO type1 (versions 1 and 2, also on iommufd's compatibility interface) and of
-// VFIO's groups and devices with the kernels' errnos and side effects, on descriptors of its own. The backends run on
-// it unchanged, natively and under sanitizers; where it and a kernel differ, it is wrong.
-// Source of the behaviour: Linux 6.12 to 7.2, drivers/iommu/iommufd, drivers/vfio.
+// It answers the ioctls of iommufd, of VFIO type1 (versions 1 and 2, also on iommufd's compatibility interface), of
+// VFIO sPAPR TCE (versions 1 and 2) and of VFIO's groups and devices with the kernels' errnos and side effects, on
+// descriptors of its own. The backends run on it unchanged, natively and under sanitizers; where it and a kernel
+// differ, it is wrong. Source of the behaviour: Linux 6.12 to 7.2, drivers/iommu/iommufd, drivers/vfio.
 //
-// Not imitated: argument addresses that are not mapped in the process (only null is EFAULT), nested tables, PASIDs,
-// sPAPR. Memory that a device can reach must stay mapped in the process: a kernel's pin would keep the
+// Not imitated: argument addresses that are not mapped in the process (only null is EFAULT), nested tables, PASIDs.
+// Memory that a device can reach must stay mapped in the process: a kernel's pin would keep the
 // pages when the process unmaps them, this one cannot.
 #pragma once
 

@@ -95,7 +95,7 @@ std::optional<FaultReason> SimulatedDevice::translate(std::uint64_t page, Access
   }
   Translation found;
   do {  // again only when the writer changed the entry in between; it changes each entry a bounded number of times
-    found = domain_->table().walk(Iova{page});
+    found = domain_->walk(Iova{page});
     if (found.memory == nullptr) return FaultReason::not_present;
     if (!includes(found.access, access)) return FaultReason::no_permission;
   } while (must_mark && !PageTable::mark_dirty(found));

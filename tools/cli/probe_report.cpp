@@ -72,11 +72,11 @@ std::string memlock_text(const backends::MemlockUse& use) {
 
 std::string parity_text(const HostReport& host) {
   if (host.parity.empty()) return {};
-  Table table{{{"feature"}, {"iommufd"}, {"type1"}, {"compat"}}};
+  Table table{{{"feature"}, {"iommufd"}, {"type1"}, {"compat"}, {"spapr"}}};
   const auto mark = [](bool has) { return has ? "yes" : "-"; };
   for (const auto& line : host.parity)
-    table.add(
-        {std::string{backends::to_string(line.capability)}, mark(line.iommufd), mark(line.type1), mark(line.compat)});
+    table.add({std::string{backends::to_string(line.capability)}, mark(line.iommufd), mark(line.type1),
+               mark(line.compat), mark(line.spapr)});
   return table.text() + '\n';
 }
 
@@ -178,7 +178,8 @@ Json probe_json(const HostReport& host) {
     parity.push_back({{"feature", backends::to_string(line.capability)},
                       {"iommufd", line.iommufd},
                       {"type1", line.type1},
-                      {"compat", line.compat}});
+                      {"compat", line.compat},
+                      {"spapr", line.spapr}});
   return {{"format", 1},
           {"kernel", host.kernel},
           {"choice", host.choice ? backends::to_string(*host.choice) : "model"},
