@@ -11,6 +11,7 @@
 #include "engine/batch_executor.hpp"
 #include "engine/lane.hpp"
 #include "engine/lane_tasks.hpp"
+#include "engine/space_cache.hpp"
 #include "engine/space_state.hpp"
 #include "engine/stats_page.hpp"
 #include "iovane/address_space.hpp"
@@ -41,6 +42,13 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<std::vector<IovaRange>> usable_ranges();
   Result<MemoryId> register_memory(const MemoryConfig& memory);
   void unregister_memory(MemoryId memory) noexcept;
+  Result<Bytes> memory_length(MemoryId memory) noexcept;
+  Result<void> open_cache(const CacheConfig& config);
+  /// Null before open_cache(). Stays until the space object goes, also after close().
+  SpaceCache* cache() const noexcept {
+    // A.cache - acquire, pairs with R.cache in open_cache(): the opened cache.
+    return cache_published_.load(std::memory_order_acquire);
+  }
   Result<MappingInfo> find(Iova iova) noexcept;
   Result<MappingInfo> info(MappingId mapping) noexcept;
   void for_each(IovaRange range, const std::function<bool(const MappingInfo&)>& visit);
@@ -54,6 +62,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
             std::unique_ptr<backends::BackendSpace> backend, MappingIndex index);
   /// Makes worker_ the node's worker, once. Not with the lane held.
   Result<void> start_worker();
+  Result<DeviceInfo> attach_now(const DeviceConfig& device);
   /// Called with the lane held.
   Result<void> refresh_usable();
   void refresh_facts();
@@ -76,6 +85,10 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::unique_ptr<Relief> relief_;
   std::atomic<std::uint32_t> queues_opened_{0};
   AddressSpaceFacts facts_;
+  // Last: its mappings go before what carries them.
+  std::mutex cache_lock_;  // open_cache() only
+  std::unique_ptr<SpaceCache> cache_;
+  std::atomic<SpaceCache*> cache_published_{nullptr};
 };
 
 }  // namespace iovane::engine
