@@ -274,6 +274,9 @@ Result<Bytes> SpaceCore::memory_length(MemoryId memory) noexcept {
   if (state_.closed) return closed_error();
   const auto index = state_.memories.find(memory);
   if (!index) return index.error();
+  // Its owner let it go; it waits for mappings that are still in use.
+  if (!state_.memories.at(*index).owned)
+    return make_error(Errc::stale_handle, Stage::validate, "the registered memory has been unregistered");
   return state_.memories.at(*index).length;
 }
 
