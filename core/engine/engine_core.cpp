@@ -137,6 +137,7 @@ Result<Engine> Engine::open(const EngineConfig& config) {
   auto core = open_by_environment(config);
   if (!core) return core.error();
   (*core)->publish(std::move(stats_page));
+  (*core)->pins().configure(config.pins, config.userfault_fd);
   return Engine{*std::move(core)};
 }
 

@@ -7,6 +7,7 @@
 #include "backends/backend.hpp"
 #include "backends/kernel.hpp"
 #include "engine/node_resources.hpp"
+#include "engine/pin_domain.hpp"
 #include "engine/stats_page.hpp"
 #include "iovane/config.hpp"
 #include "iovane/engine.hpp"
@@ -46,6 +47,7 @@ class EngineCore {
   void publish(std::unique_ptr<StatsPage> page) noexcept { stats_page_ = std::move(page); }
   /// Null: the counters are nobody else's business.
   StatsPage* stats_page() noexcept { return stats_page_.get(); }
+  PinDomain& pins() noexcept { return pins_; }
 
  private:
   std::unique_ptr<backends::Kernel> kernel_;  // null when the caller's; closed after the backend
@@ -54,6 +56,7 @@ class EngineCore {
   std::string reason_;
   Bytes copy_from_{};
   std::unique_ptr<StatsPage> stats_page_;
+  PinDomain pins_;
   NodeResources nodes_;  // its workers end first
 };
 

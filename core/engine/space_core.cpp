@@ -109,6 +109,8 @@ SpaceCore::~SpaceCore() {
 }
 
 void SpaceCore::close() noexcept {
+  // Without the lane: it unmaps through it.
+  if (SpaceCache* const open = cache()) open->close();
   {
     const LaneHold held{lane_};
     if (state_.closed) return;
@@ -170,6 +172,15 @@ Completion SpaceCore::run_now(const Operation& operation) noexcept {
 }
 
 Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
+  auto attached = attach_now(device);
+  SpaceCache* const open = cache();
+  if (attached || attached.error().code != Errc::iova_reserved || open == nullptr) return attached;
+  // A cached mapping that nobody uses may lie where the device has a hole.
+  open->evict(Bytes{~std::uint64_t{0}});
+  return attach_now(device);
+}
+
+Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();  // what counts against the new device's holes is what is live
@@ -186,6 +197,8 @@ Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
 }
 
 Result<void> SpaceCore::detach(std::uint32_t device_id) {
+  // A type1 container drops every mapping with its last device, so none may be handed out after that.
+  if (SpaceCache* const open = cache(); open != nullptr && facts_.backend.starts_with("type1")) open->drop_all();
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
@@ -263,7 +276,34 @@ Result<MemoryId> SpaceCore::register_memory(const MemoryConfig& memory) {
   return id;
 }
 
+Result<Bytes> SpaceCore::memory_length(MemoryId memory) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  const auto index = state_.memories.find(memory);
+  if (!index) return index.error();
+  // Its owner let it go; it waits for mappings that are still in use.
+  if (!state_.memories.at(*index).owned)
+    return make_error(Errc::stale_handle, Stage::validate, "the registered memory has been unregistered");
+  return state_.memories.at(*index).length;
+}
+
+Result<void> SpaceCore::open_cache(const CacheConfig& config) {
+  const std::lock_guard opening{cache_lock_};
+  if (cache_) return make_error(Errc::busy, Stage::open, "this address space has a cache already");
+  if (config_.layout != LayoutPolicy::engine_managed)
+    return make_error(Errc::invalid_argument, Stage::open,
+                      "a cache chooses IOVAs, and this address space's layout is the caller's "
+                      "(AddressSpaceConfig::layout)");
+  auto opened = SpaceCache::open(*this, engine_->pins(), config, config_.memories_max);
+  if (!opened) return opened.error();
+  cache_ = *std::move(opened);
+  // R.cache - release, pairs with A.cache in cache().
+  cache_published_.store(cache_.get(), std::memory_order_release);
+  return {};
+}
+
 void SpaceCore::unregister_memory(MemoryId memory) noexcept {
+  if (SpaceCache* const open = cache()) open->forget(memory);
   const LaneHold held{lane_};
   const auto index = state_.memories.find(memory);
   if (!index) return;

@@ -14,6 +14,7 @@
 #include "engine/dirty_log.hpp"
 #include "engine/lane.hpp"
 #include "engine/lane_tasks.hpp"
+#include "engine/space_cache.hpp"
 #include "engine/space_state.hpp"
 #include "engine/stats_page.hpp"
 #include "iovane/address_space.hpp"
@@ -56,6 +57,13 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<std::vector<IovaRange>> usable_ranges();
   Result<MemoryId> register_memory(const MemoryConfig& memory);
   void unregister_memory(MemoryId memory) noexcept;
+  Result<Bytes> memory_length(MemoryId memory) noexcept;
+  Result<void> open_cache(const CacheConfig& config);
+  /// Null before open_cache(). Stays until the space object goes, also after close().
+  SpaceCache* cache() const noexcept {
+    // A.cache - acquire, pairs with R.cache in open_cache(): the opened cache.
+    return cache_published_.load(std::memory_order_acquire);
+  }
   Result<MappingInfo> find(Iova iova) noexcept;
   Result<MappingInfo> info(MappingId mapping) noexcept;
   void for_each(IovaRange range, const std::function<bool(const MappingInfo&)>& visit);
@@ -69,6 +77,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
             std::unique_ptr<backends::BackendSpace> backend, MappingIndex index);
   /// Makes worker_ the node's worker, once. Not with the lane held.
   Result<void> start_worker();
+  Result<DeviceInfo> attach_now(const DeviceConfig& device);
   /// Called with the lane held.
   Result<void> refresh_usable();
   void refresh_facts();
@@ -97,6 +106,10 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again
   std::unique_ptr<DirtyLog> dirty_;                               // made by the first start_dirty_tracking()
   AddressSpaceFacts facts_;
+  // Last: its mappings go before what carries them.
+  std::mutex cache_lock_;  // open_cache() only
+  std::unique_ptr<SpaceCache> cache_;
+  std::atomic<SpaceCache*> cache_published_{nullptr};
 };
 
 }  // namespace iovane::engine

@@ -10,6 +10,7 @@
 
 #include "iovane/config.hpp"
 #include "iovane/dirty.hpp"
+#include "iovane/memory_lease.hpp"
 #include "iovane/page_fault.hpp"
 #include "iovane/queue.hpp"
 #include "iovane/request.hpp"
@@ -21,6 +22,9 @@ namespace iovane {
 
 namespace engine {
 class SpaceCore;
+}
+namespace pinning {
+class Hold;
 }
 
 /// Facts about an address space that do not change while it lives (sizes and limits are as of the last attach).
@@ -167,6 +171,35 @@ class AddressSpace {
   /// Registers memory for many maps: pinned once where the backend can.
   Result<Memory> register_memory(const MemoryConfig& memory);
 
+  /// The same after making the memory present, in parallel and on the nodes that own it, so that the kernel's pin finds
+  /// it there. Asks check_memlock() before. Blocks; errors: cancelled, bad_memory, unsupported beside those above.
+  Result<Memory> register_memory(const MemoryConfig& memory, const PopulateConfig& populate);
+  /// Whether pinning `planned` bytes more fits below RLIMIT_MEMLOCK as this backend charges it. ok, or memlock_exceeded
+  /// with need, limit, current use and what to change. Says nothing about what others pin meanwhile.
+  Result<void> check_memlock(Bytes planned) const;
+
+  /// Opens the cache behind acquire(); once. Errors: busy (it is open), invalid_argument, and with Staleness::monitored
+  /// permission or unsupported, which say what would allow it.
+  Result<void> open_cache(const CacheConfig& config = {});
+  /// A lease on an IOVA for this memory: of this process, or a piece of registered memory (which on iommufd needs no
+  /// further pin). Memory that was acquired before, or lies beside such memory, needs no kernel call and no lock; the
+  /// rest is pinned and mapped in chunks, once, however many threads ask. Any alignment. Released mappings stay until
+  /// the budget needs their room. length() of the lease says how far it reaches: at least to the end of the granule.
+  /// Any thread. Errors: closed (no cache is open), invalid_argument, bad_memory, memlock_exceeded (everything is in
+  /// use; with limit, use and need), entry_limit, iova_exhausted, busy (the memory keeps changing), stale_handle.
+  Result<MemoryLease> acquire(const MemoryPiece& memory, Access access = Access::read_write) noexcept;
+  /// A lease that any thread may release, for long uses; costs two atomic operations more.
+  Result<MemoryLease> acquire_portable(const MemoryPiece& memory, Access access = Access::read_write) noexcept;
+  /// Leases for all of the memory, in order; returns how many. limit_reached when they do not fit into `out`.
+  Result<std::size_t> acquire_all(const MemoryPiece& memory, Access access, std::span<MemoryLease> out) noexcept;
+  /// To be called before memory is unmapped, discarded or given other contents behind the kernel's back: what is cached
+  /// of it is never handed out again and is unmapped, at once where nobody uses it, else when it is released. Returns
+  /// how many mappings left. Any thread.
+  std::size_t invalidate(const MemoryPiece& memory) noexcept;
+  /// Unmaps cached mappings that nobody uses until about so many bytes came free; returns how many did.
+  Bytes evict(Bytes bytes) noexcept;
+  CacheStats cache_stats() const noexcept;
+
   Result<Queue> open_queue(const QueueConfig& config = {});
 
   /// One operation, waited for, on the same path as the queues'.
@@ -193,6 +226,7 @@ class AddressSpace {
  private:
   friend class Engine;
   explicit AddressSpace(std::shared_ptr<engine::SpaceCore> core) noexcept;
+  Result<MemoryLease> counted(pinning::Hold&& hold) noexcept;
   std::shared_ptr<engine::SpaceCore> core_;
 };
 
