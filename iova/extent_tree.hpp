@@ -58,18 +58,20 @@ struct Reach {
 struct TreeNode : VersionedObject {
   static constexpr unsigned leaf_entries = 22;
   static constexpr unsigned inner_entries = 17;
+  struct Leaf {
+    Unit first[leaf_entries];
+    SegmentValue value[leaf_entries];
+  };
+  struct Inner {
+    Unit first[inner_entries];
+    Reach reach[inner_entries];
+    ObjectId child[inner_entries];
+  };
   std::uint16_t count;
   std::uint16_t level;  ///< 0: leaf
   union {
-    struct {
-      Unit first[leaf_entries];
-      SegmentValue value[leaf_entries];
-    } leaf;
-    struct {
-      Unit first[inner_entries];
-      Reach reach[inner_entries];
-      ObjectId child[inner_entries];
-    } inner;
+    Leaf leaf;
+    Inner inner;
   };
 };
 static_assert(sizeof(TreeNode) == 6 * MetadataArena::step_bytes);

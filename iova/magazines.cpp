@@ -265,8 +265,8 @@ bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigne
     unsigned index_of_last = 0;
     while (taken != 0) {
       // The slot to be handed out first is pushed last.
-      const auto index = static_cast<unsigned>(direction_ == Direction::bottom_up ? std::bit_width(taken) - 1
-                                                                                  : std::countr_zero(taken));
+      const auto index = direction_ == Direction::bottom_up ? static_cast<unsigned>(std::bit_width(taken)) - 1
+                                                            : static_cast<unsigned>(std::countr_zero(taken));
       taken &= ~(std::uint64_t{1} << index);
       std::uint64_t expected = SlotWord::of(SlotState::free).raw;
       base::yield_point("slot.take");

@@ -24,7 +24,7 @@ namespace {
 constinit std::atomic<unsigned> revocations{0};
 constinit std::atomic<bool> refused{false};
 
-long membarrier(int command) noexcept { return ::syscall(SYS_membarrier, command, 0, 0); }
+[[maybe_unused]] long membarrier(int command) noexcept { return ::syscall(SYS_membarrier, command, 0, 0); }
 }  // namespace
 
 void prepare_asymmetric_barrier() noexcept {

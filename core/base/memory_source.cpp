@@ -23,7 +23,7 @@ class HeapMemory final : public MemorySource {
     return memory;
   }
   void release(void* memory, std::size_t bytes, std::size_t alignment) noexcept override {
-    ::operator delete (memory, bytes, std::align_val_t{aligned(bytes, alignment)});
+    ::operator delete (memory, std::align_val_t{aligned(bytes, alignment)});
   }
 
  private:

@@ -26,6 +26,21 @@ std::uint32_t thread_stripe() noexcept {
   return mine;
 }
 
+auto first_above(const std::vector<Region>& regions, std::uint64_t gpa) noexcept {
+  return std::upper_bound(regions.begin(), regions.end(), gpa,
+                          [](std::uint64_t a, const Region& r) { return a < r.gpa; });
+}
+
+std::unique_ptr<detail::RegionTable> make_table(std::vector<Region> regions, std::uint64_t generation) {
+  auto table = std::make_unique<detail::RegionTable>();
+  table->regions = std::move(regions);
+  table->generation = generation;
+  for (const Region& region : table->regions)
+    if (table->largest == nullptr || region.last - region.gpa > table->largest->last - table->largest->gpa)
+      table->largest = &region;
+  return table;
+}
+
 std::uint64_t from_le(std::uint64_t v) noexcept {
   if constexpr (std::endian::native == std::endian::big) return __builtin_bswap64(v);
   return v;
@@ -65,7 +80,7 @@ GuestMemory::GuestMemory() : table_{new detail::RegionTable} {}
 GuestMemory::~GuestMemory() {
   // relaxed: destruction has no concurrent users by contract.
   const auto* table = table_.load(std::memory_order_relaxed);
-  for (const Region& region : *table)
+  for (const Region& region : table->regions)
     if (region.own_mapping) ::munmap(region.address, region.length().value);
   delete table;
 }
@@ -93,10 +108,12 @@ Result<RegionId> GuestMemory::add(const RegionConfig& config) {
   Region region{{next_id_},       config.gpa, config.gpa + (config.length.value - 1),
                 config.address,   config.fd,  config.fd_offset,
                 config.read_only, false};
-  const auto place = std::lower_bound(old->begin(), old->end(), region.gpa,
-                                      [](const Region& r, std::uint64_t gpa) { return r.gpa < gpa; });
-  const bool hits_next = place != old->end() && place->gpa <= region.last;
-  const bool hits_previous = place != old->begin() && std::prev(place)->last >= region.gpa;
+  const auto begin = old->regions.begin();
+  const auto end = old->regions.end();
+  const auto place =
+      std::lower_bound(begin, end, region.gpa, [](const Region& r, std::uint64_t gpa) { return r.gpa < gpa; });
+  const bool hits_next = place != end && place->gpa <= region.last;
+  const bool hits_previous = place != begin && std::prev(place)->last >= region.gpa;
   if (hits_next || hits_previous)
     return fail(Errc::invalid_argument, Stage::validate, 0,
                 "guest region {:#x}..{:#x} overlaps the region at {:#x}; remove that first", region.gpa, region.last,
@@ -120,13 +137,14 @@ Result<RegionId> GuestMemory::add(const RegionConfig& config) {
     region.address = static_cast<std::byte*>(mapped);
     region.own_mapping = true;
   }
-  auto grown = std::make_unique<detail::RegionTable>();
-  grown->reserve(old->size() + 1);
-  grown->insert(grown->end(), old->begin(), place);
-  grown->push_back(region);
-  grown->insert(grown->end(), place, old->end());
+  std::vector<Region> grown;
+  grown.reserve(old->regions.size() + 1);
+  grown.insert(grown.end(), begin, place);
+  grown.push_back(region);
+  grown.insert(grown.end(), place, end);
+  auto table = make_table(std::move(grown), old->generation + 1);
   // R.table - pairs with A.table in view(): a reader that sees the table sees its regions. seq_cst for remove()'s sake.
-  table_.store(grown.release(), std::memory_order_seq_cst);
+  table_.store(table.release(), std::memory_order_seq_cst);
   wait_for_readers();
   delete old;
   ++next_id_;
@@ -137,16 +155,18 @@ Result<void> GuestMemory::remove(RegionId id) {
   const std::lock_guard lock{control_};
   // relaxed: only add and remove store it, under this mutex.
   const auto* old = table_.load(std::memory_order_relaxed);
-  const auto place = std::find_if(old->begin(), old->end(), [&](const Region& r) { return r.id == id; });
-  if (place == old->end())
-    return base::fail(Errc::not_found, Stage::validate, 0, "guest region {}: no such region", id.value);
+  const auto begin = old->regions.begin();
+  const auto end = old->regions.end();
+  const auto place = std::find_if(begin, end, [&](const Region& r) { return r.id == id; });
+  if (place == end) return base::fail(Errc::not_found, Stage::validate, 0, "guest region {}: no such region", id.value);
   const Region gone = *place;
-  auto shrunk = std::make_unique<detail::RegionTable>();
-  shrunk->reserve(old->size() - 1);
-  shrunk->insert(shrunk->end(), old->begin(), place);
-  shrunk->insert(shrunk->end(), place + 1, old->end());
+  std::vector<Region> shrunk;
+  shrunk.reserve(old->regions.size() - 1);
+  shrunk.insert(shrunk.end(), begin, place);
+  shrunk.insert(shrunk.end(), place + 1, end);
+  auto table = make_table(std::move(shrunk), old->generation + 1);
   // R.table - pairs with A.table in view(); seq_cst: before the counters are looked at, see the file header.
-  table_.store(shrunk.release(), std::memory_order_seq_cst);
+  table_.store(table.release(), std::memory_order_seq_cst);
   wait_for_readers();
   delete old;
   if (gone.own_mapping) ::munmap(gone.address, gone.length().value);
@@ -182,6 +202,7 @@ GuestMemory::View::View(const GuestMemory& memory, std::uint32_t stripe, std::ui
   memory.readers_[stripe].readers[phase].fetch_add(1, std::memory_order_seq_cst);
   // A.table - pairs with R.table: the regions are there. seq_cst: after the count.
   table_ = memory.table_.load(std::memory_order_seq_cst);
+  hint_ = table_->largest;
 }
 
 GuestMemory::View::View(View&& o) noexcept
@@ -198,18 +219,16 @@ GuestMemory::View::~View() {
 }
 
 const Region* GuestMemory::View::find_slow(std::uint64_t gpa) const noexcept {
-  auto place =
-      std::upper_bound(table_->begin(), table_->end(), gpa, [](std::uint64_t a, const Region& r) { return a < r.gpa; });
-  if (place == table_->begin()) return nullptr;
+  auto place = first_above(table_->regions, gpa);
+  if (place == table_->regions.begin()) return nullptr;
   --place;
   if (!place->contains(gpa)) return nullptr;
   return hint_ = &*place;
 }
 
 std::optional<std::uint64_t> GuestMemory::View::next_region_start(std::uint64_t gpa) const noexcept {
-  const auto place =
-      std::upper_bound(table_->begin(), table_->end(), gpa, [](std::uint64_t a, const Region& r) { return a < r.gpa; });
-  if (place == table_->end()) return std::nullopt;
+  const auto place = first_above(table_->regions, gpa);
+  if (place == table_->regions.end()) return std::nullopt;
   return place->gpa;
 }
 

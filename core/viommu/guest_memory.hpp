@@ -61,8 +61,12 @@ struct Region {
 };
 
 namespace detail {
-/// Sorted by gpa, immutable once published.
-using RegionTable = std::vector<Region>;
+/// Immutable once published.
+struct RegionTable {
+  std::vector<Region> regions;      // sorted by gpa
+  std::uint64_t generation = 0;     // counts every change of the regions
+  const Region* largest = nullptr;  // where a search looks first
+};
 }  // namespace detail
 
 /// Copy to or from memory that a guest may be writing at the same time: every byte is loaded or stored once, by relaxed
@@ -144,7 +148,10 @@ class GuestMemory::View {
   bool write_le32(std::uint64_t gpa, std::uint32_t value) const noexcept;
   bool write(std::uint64_t gpa, std::span<const std::byte> in) const noexcept;
 
-  std::span<const Region> regions() const noexcept { return *table_; }
+  std::span<const Region> regions() const noexcept { return table_->regions; }
+  /// Two views of one GuestMemory with the same number see the same regions: host pointers of one are good in the
+  /// other.
+  std::uint64_t generation() const noexcept { return table_->generation; }
 
  private:
   friend class GuestMemory;

@@ -29,7 +29,9 @@ std::uint32_t lopar_page_sizes(std::uint64_t sizes) noexcept {
 
 PaprTce::PaprTce(const GuestMemory& memory, KvmTceHost* kvm) : memory_{memory}, kvm_{kvm} {}
 
-PaprTce::~PaprTce() {
+PaprTce::~PaprTce() { finish(); }
+
+void PaprTce::finish() noexcept {
   while (advance() == Progress::pending) wait(wait_slice);
 }
 
@@ -161,7 +163,7 @@ Result<void> PaprTce::add_device(std::uint64_t buid, ShadowTarget* target) {
   Phb* phb = find_phb(buid);
   if (phb == nullptr) return base::fail(Errc::not_found, Stage::attach, 0, "PAPR: no PHB with buid {:#x}", buid);
   if (target == nullptr) return {};
-  while (advance() == Progress::pending) wait(wait_slice);
+  finish();
   for (Phb::Device& device : phb->devices)
     if (device.target == target) {
       ++device.count;
@@ -187,7 +189,7 @@ Result<void> PaprTce::remove_device(std::uint64_t buid, ShadowTarget* target) {
   Phb* phb = find_phb(buid);
   if (phb == nullptr) return base::fail(Errc::not_found, Stage::detach, 0, "PAPR: no PHB with buid {:#x}", buid);
   if (target == nullptr) return {};
-  while (advance() == Progress::pending) wait(wait_slice);
+  finish();
   const auto place_of =
       std::find_if(phb->devices.begin(), phb->devices.end(), [&](const Phb::Device& d) { return d.target == target; });
   if (place_of == phb->devices.end())
@@ -409,7 +411,7 @@ PaprTce::WindowMade PaprTce::create_window(std::uint64_t buid, std::uint32_t pag
 }
 
 std::int32_t PaprTce::remove_window(std::uint32_t liobn) noexcept {
-  while (advance() == Progress::pending) wait(wait_slice);
+  finish();
   Window* window = find_window(liobn);
   if (window == nullptr || !window->phb->config.dynamic_windows) return rtas::parameter_error;
   try {
@@ -423,18 +425,31 @@ std::int32_t PaprTce::remove_window(std::uint32_t liobn) noexcept {
 }
 
 std::int32_t PaprTce::reset_windows(std::uint64_t buid) noexcept {
+  finish();
   Phb* phb = find_phb(buid);
   if (phb == nullptr || !phb->config.dynamic_windows) return rtas::parameter_error;
-  for (Window& window : phb->windows)
-    if (window.enabled())
-      if (const std::int32_t status = remove_window(window.liobn); status != rtas::success) return status;
   try {
-    if (!enable(*phb, phb->windows[0], 12, phb->config.dma32_address, phb->config.dma32_bytes >> 12))
-      return rtas::hardware_error;
+    return to_default(*phb) ? rtas::success : rtas::hardware_error;
   } catch (const std::bad_alloc&) {
     return rtas::hardware_error;
   }
-  return rtas::success;
+}
+
+Result<void> PaprTce::clear_windows(Phb& phb) {
+  for (Window& window : phb.windows) {
+    // What KVM put into hardware tables comes back first, or nobody could take it out.
+    if (window.kvm != nullptr)
+      if (auto moved = to_user(phb, window); !moved) return moved;
+    disable(phb, window);
+  }
+  return {};
+}
+
+Result<void> PaprTce::to_default(Phb& phb) {
+  if (auto cleared = clear_windows(phb); !cleared) return cleared;
+  if (enable(phb, phb.windows[0], 12, phb.config.dma32_address, phb.config.dma32_bytes >> 12)) return {};
+  return base::fail(Errc::out_of_memory, Stage::reserve, 0,
+                    "PAPR: buid {:#x}: no memory for its default window's table", phb.config.buid);
 }
 
 PaprTce::Translation PaprTce::translate(std::uint32_t liobn, std::uint64_t bus_address) const noexcept {
@@ -451,7 +466,7 @@ PaprTce::Translation PaprTce::translate(std::uint32_t liobn, std::uint64_t bus_a
 }
 
 Progress PaprTce::memory_added() noexcept {
-  while (advance() == Progress::pending) wait(wait_slice);
+  finish();
   const auto view = memory_.view();
   for (const auto& phb : phbs_) {
     static_cast<void>(phb->shadow.refresh_backing(view));
@@ -461,7 +476,7 @@ Progress PaprTce::memory_added() noexcept {
 }
 
 Progress PaprTce::memory_removing(const Region& region) noexcept {
-  while (advance() == Progress::pending) wait(wait_slice);
+  finish();
   for (const auto& phb : phbs_) {
     static_cast<void>(phb->shadow.withdraw_region(region));
     phb->shadow.commit_and_wait();

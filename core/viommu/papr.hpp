@@ -35,6 +35,8 @@
 
 namespace iovane::viommu {
 
+class StateReader;
+
 /// Hypercall numbers and return codes (LoPAR).
 namespace hcall {
 inline constexpr std::uint64_t get_tce = 0x1c;
@@ -126,6 +128,12 @@ class PaprTce {
   /// ibm,reset-pe-dma-window: back to the default window, empty. Waits.
   std::int32_t reset_windows(std::uint64_t buid) noexcept;
 
+  /// What a migrating guest's windows and tables are, wherever they live; versioned and checksummed. Waits.
+  std::vector<std::byte> save_state();
+  /// Makes the windows of the host bridges, which were added here already, those. Waits. Errors: bad_format (damaged,
+  /// another version, other host bridges), and the hosts' own; each has its default window, empty, then.
+  Result<void> restore_state(std::span<const std::byte> bytes);
+
   /// What a bus address means: guest physical address, rights, and the page it lies in.
   struct Translation {
     std::uint64_t gpa = 0;
@@ -150,6 +158,10 @@ class PaprTce {
   Window* find_window(std::uint32_t liobn) noexcept;
   bool enable(Phb& phb, Window& window, std::uint32_t page_shift, std::uint64_t address, std::uint64_t entries);
   void disable(Phb& phb, Window& window) noexcept;
+  Result<void> clear_windows(Phb& phb);
+  Result<void> to_default(Phb& phb);
+  Result<void> restore_window(StateReader& in, Phb& phb, Window& window);
+  void finish() noexcept;
   Result<void> place(Phb& phb, Window& window);
   Result<void> to_kvm(Phb& phb, Window& window);
   Result<void> to_user(Phb& phb, Window& window);

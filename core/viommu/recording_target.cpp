@@ -9,6 +9,27 @@ const RecordingTarget::Held* RecordingTarget::find(std::uint64_t iova) const noe
   return place->second.range.contains(Iova{iova}) ? &place->second : nullptr;
 }
 
+bool RecordingTarget::device_writes(std::uint64_t iova) {
+  const Held* held = find(iova);
+  if (held == nullptr || !may_write(held->access)) return false;
+  const std::uint64_t offset = held->region_offset + (iova - held->range.start.value);
+  if (tracks_dirty_) dirty_.emplace(held->region, offset & ~(granule_bytes.value - 1));
+  return true;
+}
+
+Result<void> RecordingTarget::track_dirty(bool on) {
+  tracks_dirty_ = on;
+  dirty_.clear();
+  return {};
+}
+
+Result<void> RecordingTarget::take_dirty(const std::function<void(const DirtyMemory&)>& visit) {
+  if (!tracks_dirty_) return make_error(Errc::invalid_argument, Stage::query, "dirty tracking is off");
+  for (const auto& [region, offset] : dirty_) visit({region, offset, granule_bytes});
+  dirty_.clear();
+  return {};
+}
+
 Progress RecordingTarget::submit(std::span<const HostOp> ops, std::vector<OpFailure>& failures) noexcept {
   ++batches_;
   operations_ += ops.size();

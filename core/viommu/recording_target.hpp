@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,6 +36,8 @@ class RecordingTarget : public ShadowTarget {
   const std::map<std::uint64_t, Held>& held() const noexcept { return held_; }
   /// Region and offset that an IOVA reaches, if any.
   const Held* find(std::uint64_t iova) const noexcept;
+  /// A device writes one byte: false when it faults.
+  bool device_writes(std::uint64_t iova);
   /// Lets the pending batch end.
   void finish() noexcept { may_finish_ = true; }
   std::uint64_t batches() const noexcept { return batches_; }
@@ -47,6 +50,8 @@ class RecordingTarget : public ShadowTarget {
   bool unmap_may_cut() const noexcept override { return may_cut; }
   Result<void> add_region(const Region&) override { return {}; }
   void remove_region(RegionId) noexcept override {}
+  Result<void> track_dirty(bool on) override;
+  Result<void> take_dirty(const std::function<void(const DirtyMemory&)>& visit) override;
   Progress submit(std::span<const HostOp> ops, std::vector<OpFailure>& failures) noexcept override;
   Progress poll(std::vector<OpFailure>& failures) noexcept override;
   void wait(std::chrono::nanoseconds) noexcept override {}
@@ -60,6 +65,8 @@ class RecordingTarget : public ShadowTarget {
   std::map<std::uint64_t, Held> held_;
   std::span<const HostOp> pending_;
   bool may_finish_ = false;
+  bool tracks_dirty_ = false;
+  std::set<std::pair<RegionId, std::uint64_t>> dirty_;  // region and offset of each granule
   std::uint64_t batches_ = 0;
   std::uint64_t operations_ = 0;
 };

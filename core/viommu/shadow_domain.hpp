@@ -158,10 +158,17 @@ class ShadowDomain {
     std::vector<HostOp> rollback;
   };
 
+  bool map_one(const View& view, const IovaRange& range, std::uint64_t gpa, Access access, std::uint32_t tag) noexcept;
+  bool unmap_one(const IovaRange& range, CutRule rule, std::uint32_t tag) noexcept;
   Result<void> check_range(const IovaRange& range, std::uint64_t gpa, Access access) const noexcept;
   Result<void> map_pieces(const View& view, IovaRange range, std::uint64_t gpa, Access access, bool head,
                           std::uint32_t tag) noexcept;
-  const IovaRange* usable_at(std::uint64_t iova) const noexcept;
+  const IovaRange* usable_at(std::uint64_t iova) const noexcept {
+    if (usable_hint_ < usable_.size() && usable_[usable_hint_].contains(Iova{iova})) [[likely]]
+      return &usable_[usable_hint_];
+    return find_usable(iova);
+  }
+  const IovaRange* find_usable(std::uint64_t iova) const noexcept;
   std::uint64_t next_usable(std::uint64_t iova) const noexcept;
   bool border_is_clean(std::uint64_t iova, std::uint64_t flag) const noexcept;
   IovaRange unit_around(std::uint64_t iova) const noexcept;

@@ -29,8 +29,7 @@ bool ShadowDomain::stage(const HostOp& op, std::uint32_t tag) noexcept {
   return true;
 }
 
-const IovaRange* ShadowDomain::usable_at(std::uint64_t iova) const noexcept {
-  if (usable_hint_ < usable_.size() && usable_[usable_hint_].contains(Iova{iova})) return &usable_[usable_hint_];
+const IovaRange* ShadowDomain::find_usable(std::uint64_t iova) const noexcept {
   const auto place = std::upper_bound(usable_.begin(), usable_.end(), iova,
                                       [](std::uint64_t a, const IovaRange& r) { return a < r.start.value; });
   if (place == usable_.begin() || !std::prev(place)->contains(Iova{iova})) return nullptr;
@@ -64,11 +63,54 @@ Result<void> ShadowDomain::check_range(const IovaRange& range, std::uint64_t gpa
 Result<void> ShadowDomain::map(const View& view, IovaRange range, std::uint64_t gpa, Access access,
                                std::uint32_t tag) noexcept {
   begin_edit();
+  if (map_one(view, range, gpa, access, tag)) [[likely]]
+    return {};
   if (auto checked = check_range(range, gpa, access); !checked) return checked;
   if (!index_.is_free(range))
     return base::fail(Errc::iova_busy, Stage::validate, 0, "{}: something is mapped in {:#x}..{:#x}", config_.name,
                       range.start.value, range.last.value);
   return map_pieces(view, range, gpa, access, true, tag);
+}
+
+// The common edits, cut short: one granule of RAM, where the index and the last region and usable range are at hand.
+// False: nothing was done, take the long way, which also has the errors.
+bool ShadowDomain::map_one(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
+                           std::uint32_t tag) noexcept {
+  if (range.span() != granule_mask_ || ((range.start.value | gpa) & granule_mask_) != 0 || access == Access::none)
+    return false;
+  const Region* region = view.find(gpa);
+  const IovaRange* usable = usable_at(range.start.value);
+  if (region == nullptr || usable == nullptr || usable->last < range.last || region->last - gpa < granule_mask_ ||
+      (region->read_only && may_write(access)))
+    return false;
+  constexpr std::uint64_t flags = LeafWord::backed | LeafWord::unit | LeafWord::head;
+  if (!index_.fill_one(range.start.value, LeafWord::make(gpa, access) | flags)) return false;
+  if (!stage({range, gpa - region->gpa, region->id, HostOp::Kind::map, access}, tag)) {
+    index_.clear_one(range.start.value);
+    return false;
+  }
+  add(counters_.leaves_mapped, 1);
+  return true;
+}
+
+bool ShadowDomain::unmap_one(const IovaRange& range, CutRule rule, std::uint32_t tag) noexcept {
+  if (range.span() != granule_mask_ || (range.start.value & granule_mask_) != 0) return false;
+  const std::uint64_t* slots = index_.leaf_slots(range.start.value);
+  const auto place = (range.start.value >> index_.granule_shift()) & (ShadowIndex::fan - 1);
+  if (slots == nullptr || place == ShadowIndex::fan - 1) return false;
+  // The granule is a host mapping of its own: it begins one, and what follows begins another, or is none.
+  const std::uint64_t begins = rule == CutRule::refuse ? LeafWord::unit | LeafWord::head : LeafWord::unit;
+  const std::uint64_t word = slots[place];
+  const std::uint64_t after = slots[place + 1];
+  if ((word & (begins | LeafWord::backed)) != (begins | LeafWord::backed)) return false;
+  if (after != 0 && (after & begins) != begins) return false;
+  if (!index_.clear_one(range.start.value)) return false;
+  if (!stage({range, 0, {}, HostOp::Kind::unmap, Access::none}, tag)) {
+    index_.fill_one(range.start.value, word);
+    return false;
+  }
+  add(counters_.leaves_unmapped, 1);
+  return true;
 }
 
 // A range becomes one index run and at most one host mapping per piece; pieces end where RAM or usable IOVAs do.
@@ -132,6 +174,7 @@ Result<void> ShadowDomain::map_pieces(const View& view, IovaRange range, std::ui
 
 // True when no unit (or guest mapping, by `flag`) reaches across the border between iova - 1 and iova.
 bool ShadowDomain::border_is_clean(std::uint64_t iova, std::uint64_t flag) const noexcept {
+  if ((iova & granule_mask_) != 0) return !index_.at(iova);  // inside a granule
   std::uint64_t word = 0;
   if (const std::uint64_t* slots = index_.leaf_slots(iova); slots != nullptr) {
     word = slots[(iova >> index_.granule_shift()) & (ShadowIndex::fan - 1)];
@@ -172,6 +215,8 @@ bool ShadowDomain::stage_remainder(const View& view, IovaRange range, std::uint3
 
 Result<std::uint32_t> ShadowDomain::unmap(const View& view, IovaRange range, CutRule rule, std::uint32_t tag) noexcept {
   begin_edit();
+  if (unmap_one(range, rule, tag)) [[likely]]
+    return 1U;
   if (!range.well_formed() || range.start > index_.everything().last) return 0U;
   range.last = std::min(range.last, index_.everything().last);
   if (rule == CutRule::cut) {  // a granule is the smallest thing there is

@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -36,6 +37,13 @@ struct OpFailure {
   Error error{};
 };
 
+/// Guest memory that a device wrote.
+struct DirtyMemory {
+  RegionId region{};
+  std::uint64_t offset = 0;  ///< bytes into the region
+  Bytes length{};
+};
+
 /// Where a batch stands.
 enum class Progress : std::uint8_t { done, pending };
 
@@ -60,6 +68,13 @@ class ShadowTarget {
   /// Control plane: guest memory that maps may name from now on, until removed. Registers (pins) it where that pays.
   virtual Result<void> add_region(const Region& region) = 0;
   virtual void remove_region(RegionId region) noexcept = 0;
+
+  /// Live migration: from now on what devices write is recorded, or not any more. Belongs to the target, not to a
+  /// domain: a guest may move its devices between domains meanwhile. Errors: unsupported, which is the default.
+  virtual Result<void> track_dirty(bool on);
+  /// Hands out, once, what devices wrote since the last call, through mappings that are gone by now too. Pieces may
+  /// overlap, and may say more than was written. On error the VMM must take all of the guest's memory for written.
+  virtual Result<void> take_dirty(const std::function<void(const DirtyMemory&)>& visit);
 
   /// Begins a batch; `ops` stay as they are until it is done. One batch at a time. Failures are appended by whichever
   /// call returns `done`, in any order. Neither call blocks.

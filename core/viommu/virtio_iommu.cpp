@@ -5,6 +5,7 @@
 #include <new>
 
 #include "base/error_text.hpp"
+#include "viommu/virtio_iommu_domain.hpp"
 
 namespace iovane::viommu {
 namespace {
@@ -49,17 +50,6 @@ Status status_of(const Error& error) noexcept {
 }
 
 }  // namespace
-
-struct VirtioIommu::Domain {
-  Domain(std::uint32_t number, const DomainConfig& config, bool is_bypass)
-      : id{number}, bypass{is_bypass}, shadow{config} {}
-  std::uint32_t id;
-  bool bypass;
-  bool dirty = false;
-  std::uint32_t users = 0;
-  std::vector<IovaRange> reserved;  // of all its endpoints
-  ShadowDomain shadow;
-};
 
 VirtioIommu::VirtioIommu(const GuestMemory& memory, VirtioIommuConfig config)
     : memory_{memory},
@@ -277,7 +267,7 @@ Result<void> VirtioIommu::set_bypass(bool bypass) {
 Result<void> VirtioIommu::reset() {
   finish();
   slots_.clear();
-  next_ = round_first_ = ready_ = taken_ = 0;
+  next_ = open_ = taken_ = 0;
   features_ = 0;
   bypass_config_ = config_.bypass_at_boot;
   Result<void> outcome;
@@ -294,11 +284,11 @@ Result<void> VirtioIommu::reset() {
 std::size_t VirtioIommu::handle(std::span<const Request> requests) noexcept {
   if (taken_ == slots_.size()) {
     slots_.clear();
-    next_ = round_first_ = ready_ = taken_ = 0;
+    next_ = open_ = taken_ = 0;
   }
   const std::size_t room = config_.requests_max - slots_.size();
   const std::size_t n = std::min(room, requests.size());
-  for (const Request& request : requests.first(n)) slots_.push_back({request});
+  for (const Request& request : requests.first(n)) slots_.emplace_back().request = request;
   static_cast<void>(advance());
   return n;
 }
@@ -314,45 +304,71 @@ void VirtioIommu::answer(Slot& slot, Status status) noexcept {
   const auto at = slot.request.writable.size() - tail.size();
   copy_to_guest(slot.request.writable.data() + at, tail.data(), tail.size());
   slot.written = static_cast<std::uint32_t>(slot.request.writable.size());
-  slot.answered = true;
+  slot.state = Slot::State::answered;
   if (status != Status::ok) ++stats_.refused;
 }
 
-// Every domain with staged edits gets its batch; when all are in effect, the requests that wait are answered.
+// Every domain with staged edits gets its batch; where one has ended, its requests are answered. False: none has.
 bool VirtioIommu::commit_domains() noexcept {
-  bool all = true;
-  for (Domain* domain : dirty_)
-    if (domain->shadow.commit() == Progress::pending) all = false;
-  if (!all) return false;
-  for (Domain* domain : dirty_) {
+  const auto ended = std::erase_if(dirty_, [&](Domain* domain) {
+    if (domain->shadow.commit() == Progress::pending) return false;
     domain->dirty = false;
+    ++stats_.batches;
     for (const EditFailure& failure : domain->shadow.failures())
       if (failure.tag < slots_.size() && slots_[failure.tag].status == Status::ok)
         slots_[failure.tag].status = status_of(failure.error);
+    return true;
+  });
+  if (ended == 0) return false;
+  for (std::size_t i = open_; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (slot.state == Slot::State::staged && !slot.domain->dirty) answer(slot, slot.status);
+    if (i == open_ && slot.state >= Slot::State::answered) ++open_;
   }
-  dirty_.clear();
-  if (ready_ < next_) ++stats_.batches;
-  for (; ready_ < next_; ++ready_)
-    if (!slots_[ready_].answered && slots_[ready_].domain != nullptr) answer(slots_[ready_], slots_[ready_].status);
   return true;
 }
 
 Progress VirtioIommu::advance() noexcept {
-  while (ready_ < slots_.size() || !dirty_.empty()) {
-    while (next_ < slots_.size() && start(static_cast<std::uint32_t>(next_))) ++next_;
-    if (!commit_domains()) return Progress::pending;
+  for (;;) {
+    const bool ended = !dirty_.empty() && commit_domains();
+    const bool began = next_ < slots_.size() && start_requests();
+    if (dirty_.empty() && open_ == slots_.size()) return Progress::done;
+    if (!ended && !began) return Progress::pending;
   }
-  return Progress::done;
 }
 
-// False: it must wait until what is staged has been committed.
-bool VirtioIommu::start(std::uint32_t index) noexcept {
-  Slot& slot = slots_[index];
-  const Request& request = slot.request;
+// Starts what need not wait for what is before it. False: nothing could.
+bool VirtioIommu::start_requests() noexcept {
+  const auto view = memory_.view();
+  bool any = false;
+  bool passed_held = false;
+  for (std::size_t i = next_; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (slot.state <= Slot::State::held) {
+      if (slot.state == Slot::State::fresh) copy_request(slot);
+      if (!start(view, static_cast<std::uint32_t>(i))) break;
+      any = any || slot.state != Slot::State::held;
+    }
+    passed_held = passed_held || slot.state == Slot::State::held;
+    if (!passed_held) next_ = i + 1;
+    if (i == open_ && slot.state >= Slot::State::answered) ++open_;
+  }
+  return any;
+}
+
+void VirtioIommu::copy_request(Slot& slot) noexcept {
   ++stats_.requests;
-  Bytes72 bytes{};
-  const std::size_t size = std::min(request.readable.size(), bytes.size());
-  copy_from_guest(bytes.data(), request.readable.data(), size);
+  slot.bytes.fill(std::byte{0});
+  copy_from_guest(slot.bytes.data(), slot.request.readable.data(),
+                  std::min(slot.request.readable.size(), slot.bytes.size()));
+  slot.state = Slot::State::held;
+}
+
+// False: it must wait until everything before it was answered, and so must all behind it. It stays held when only its
+// domain's batch is in the way.
+bool VirtioIommu::start(const GuestMemory::View& view, std::uint32_t index) noexcept {
+  Slot& slot = slots_[index];
+  const Bytes72& bytes = slot.bytes;
   const auto type = static_cast<RequestType>(bytes[0]);
   std::size_t need = 0;
   switch (type) {
@@ -362,29 +378,45 @@ bool VirtioIommu::start(std::uint32_t index) noexcept {
     case RequestType::unmap: need = virtio::unmap_bytes; break;
     case RequestType::probe: need = virtio::probe_bytes; break;
   }
-  if (need == 0 || size < need || request.writable.size() < virtio::tail_bytes) {
+  if (need == 0 || slot.request.readable.size() < need || slot.request.writable.size() < virtio::tail_bytes) {
     ++stats_.unparsable;  // the device does not write to it
-    slot.answered = true;
+    slot.state = Slot::State::answered;
     return true;
   }
-  const bool control = type == RequestType::attach || type == RequestType::detach;
-  const bool in_flight =
-      std::any_of(dirty_.begin(), dirty_.end(), [](const Domain* d) { return d->shadow.in_flight(); });
-  if ((control && !dirty_.empty()) || in_flight) {
-    --stats_.requests;
-    return false;
-  }
   switch (type) {
-    case RequestType::attach: answer(slot, do_attach(bytes)); break;
-    case RequestType::detach: answer(slot, do_detach(bytes)); break;
-    case RequestType::probe: do_probe(bytes, slot); break;
-    default: {
-      const auto view = memory_.view();
-      slot.status = type == RequestType::map ? do_map(view, bytes, index, slot) : do_unmap(view, bytes, index, slot);
-      if (slot.domain == nullptr) answer(slot, slot.status);
-    }
+    case RequestType::attach:
+    case RequestType::detach:
+      if (index != open_ || !dirty_.empty()) return false;
+      answer(slot, type == RequestType::attach ? do_attach(bytes) : do_detach(bytes));
+      return true;
+    case RequestType::probe: do_probe(bytes, slot); return true;
+    case RequestType::map:
+    case RequestType::unmap: break;
+  }
+  Domain* domain = find_domain(get<std::uint32_t>(bytes, 4));
+  if (domain != nullptr && domain->shadow.in_flight()) return true;
+  slot.status = type == RequestType::map ? do_map(view, bytes, index, domain) : do_unmap(view, bytes, index, domain);
+  if (domain != nullptr && domain->shadow.staged() != 0) mark_dirty(*domain);
+  if (domain != nullptr && domain->dirty) {  // in its turn, even when it is refused
+    slot.domain = domain;
+    slot.state = Slot::State::staged;
+  } else {
+    answer(slot, slot.status);
   }
   return true;
+}
+
+VirtioIommu::Domain& VirtioIommu::make_domain(std::uint32_t id, bool bypass) {
+  DomainConfig config = config_.domain;
+  config.name = fmt::format("virtio-iommu domain {}", id);
+  if (bypass) config.granule_shift = 12, config.address_bits = 64;
+  auto made = std::make_unique<Domain>(id, config, bypass);
+  Domain& domain = *made;
+  domains_.insert(
+      std::lower_bound(domains_.begin(), domains_.end(), id, [](const auto& d, std::uint32_t n) { return d->id < n; }),
+      std::move(made));
+  if (bypass) fill_identity(domain);
+  return domain;
 }
 
 Status VirtioIommu::do_attach(const Bytes72& bytes) noexcept {
@@ -408,15 +440,7 @@ Status VirtioIommu::do_attach(const Bytes72& bytes) noexcept {
         static_cast<void>(settle(*endpoint));
         return Status::no_memory;
       }
-      DomainConfig config = config_.domain;
-      config.name = fmt::format("virtio-iommu domain {}", id);
-      if (bypass) config.granule_shift = 12, config.address_bits = 64;
-      auto made = std::make_unique<Domain>(id, config, bypass);
-      domain = made.get();
-      domains_.insert(std::lower_bound(domains_.begin(), domains_.end(), id,
-                                       [](const auto& d, std::uint32_t n) { return d->id < n; }),
-                      std::move(made));
-      if (bypass) fill_identity(*domain);
+      domain = &make_domain(id, bypass);
     }
     const auto joined = join(*endpoint, *domain);
     if (!joined) {
@@ -444,13 +468,12 @@ Status VirtioIommu::do_detach(const Bytes72& bytes) noexcept {
 }
 
 Status VirtioIommu::do_map(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag,
-                           Slot& slot) noexcept {
+                           Domain* domain) noexcept {
   const IovaRange range{Iova{get<std::uint64_t>(bytes, 8)}, Iova{get<std::uint64_t>(bytes, 16)}};
   const auto gpa = get<std::uint64_t>(bytes, 24);
   const auto flags = get<std::uint32_t>(bytes, 32);
   const bool mmio = (features_ & virtio::feature_mmio) != 0;
   if ((flags & ~(virtio::map_read | virtio::map_write | (mmio ? virtio::map_mmio : 0))) != 0) return Status::invalid;
-  Domain* domain = find_domain(get<std::uint32_t>(bytes, 4));
   if (domain == nullptr) return Status::not_found;
   const auto access = static_cast<Access>(flags & 3U);
   if (domain->bypass || access == Access::none || !range.well_formed()) return Status::invalid;
@@ -461,28 +484,17 @@ Status VirtioIommu::do_map(const GuestMemory::View& view, const Bytes72& bytes, 
   for (const IovaRange& reserved : domain->reserved)
     if (reserved.overlaps(range)) return Status::invalid;
   const auto mapped = domain->shadow.map(view, range, gpa, access, tag);
-  if (!mapped) return status_of(mapped.error());
-  if (domain->shadow.staged() != 0) {
-    slot.domain = domain;
-    mark_dirty(*domain);
-  }
-  return Status::ok;
+  return mapped ? Status::ok : status_of(mapped.error());
 }
 
 Status VirtioIommu::do_unmap(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag,
-                             Slot& slot) noexcept {
+                             Domain* domain) noexcept {
   const IovaRange range{Iova{get<std::uint64_t>(bytes, 8)}, Iova{get<std::uint64_t>(bytes, 16)}};
   if (get<std::uint32_t>(bytes, 24) != 0) return Status::invalid;
-  Domain* domain = find_domain(get<std::uint32_t>(bytes, 4));
   if (domain == nullptr) return Status::not_found;
   if (domain->bypass || !range.well_formed()) return Status::invalid;
   const auto gone = domain->shadow.unmap(view, range, CutRule::refuse, tag);
-  if (!gone) return status_of(gone.error());
-  if (domain->shadow.staged() != 0) {
-    slot.domain = domain;
-    mark_dirty(*domain);
-  }
-  return Status::ok;
+  return gone ? Status::ok : status_of(gone.error());
 }
 
 void VirtioIommu::do_probe(const Bytes72& bytes, Slot& slot) noexcept {
@@ -512,8 +524,14 @@ void VirtioIommu::do_probe(const Bytes72& bytes, Slot& slot) noexcept {
 
 std::size_t VirtioIommu::take_answers(std::span<Answer> out) noexcept {
   std::size_t n = 0;
-  for (; n < out.size() && taken_ < ready_; ++n, ++taken_)
-    out[n] = {slots_[taken_].request.cookie, slots_[taken_].written};
+  for (std::size_t i = taken_; n < out.size() && i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (slot.state == Slot::State::answered) {
+      out[n++] = {slot.request.cookie, slot.written};
+      slot.state = Slot::State::taken;
+    }
+    if (i == taken_ && slot.state == Slot::State::taken) ++taken_;
+  }
   return n;
 }
 

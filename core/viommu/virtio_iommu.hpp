@@ -1,8 +1,10 @@
 // VirtioIommu: the device side of virtio-iommu (virtio 1.3, section 5.13), shadowed on the host.
 //
 // The VMM owns the virtqueues. For each notification it hands over the requests it found; those of one notification
-// that touch the same domain form one batch, and each is answered, in order, when its batch is in effect on every host.
-// ATTACH and DETACH order themselves against everything before and after them, and wait for their host.
+// that touch the same domain form one batch, and each is answered when its batch is in effect on every host. A domain's
+// requests are answered in order; they do not wait for those of other domains, so a slow host delays its own guest
+// domain only (do not offer VIRTIO_F_IN_ORDER). ATTACH and DETACH order themselves against everything before and after
+// them, and wait for their host.
 //
 // Every request is copied once before it is looked at: the guest may rewrite its buffers at any time.
 //
@@ -28,6 +30,8 @@
 
 namespace iovane::viommu {
 
+class StateReader;
+
 struct VirtioIommuConfig {
   std::uint64_t page_size_mask = ~std::uint64_t{0xfff};  ///< lowest bit: granularity, 4 KiB to 256 MiB
   IovaRange input_range = IovaRange::everything();
@@ -38,7 +42,7 @@ struct VirtioIommuConfig {
   bool mmio = true;             ///< offer VIRTIO_IOMMU_F_MMIO
   bool bypass_at_boot = true;   ///< config field `bypass` after reset
   std::uint32_t domains_max = 4096;
-  std::uint32_t requests_max = 1024;  ///< taken and not yet answered
+  std::uint32_t requests_max = 1024;  ///< taken since the oldest one that is not yet answered
   DomainConfig domain{};              ///< of every domain; granule and address_bits are set here
 };
 
@@ -52,7 +56,7 @@ struct VirtioIommuStats {
   std::uint64_t requests = 0;
   std::uint64_t refused = 0;     ///< answered with a status other than OK
   std::uint64_t unparsable = 0;  ///< returned without an answer
-  std::uint64_t batches = 0;     ///< rounds of requests that were committed together
+  std::uint64_t batches = 0;     ///< a domain's requests that were committed together
   std::uint64_t domains = 0;     ///< gauge
 };
 
@@ -90,7 +94,14 @@ class VirtioIommu {
   /// Device reset: every endpoint leaves its domain, every domain goes. Requests not yet answered are dropped.
   Result<void> reset();
 
-  /// Takes a prefix of the requests and returns its length, short when requests_max are unanswered.
+  /// What a migrating guest's device is: features, domains with their mappings, which endpoint is where; versioned and
+  /// checksummed. Waits. Requests not yet answered stay in the queue's memory: the VMM hands them over there again.
+  Result<std::vector<std::byte>> save_state();
+  /// Makes this device that one, whose endpoints were added here already. Waits. Errors: bad_format (damaged, another
+  /// version, other endpoints), and the hosts' own; the device is as after reset() then.
+  Result<void> restore_state(std::span<const std::byte> bytes);
+
+  /// Takes a prefix of the requests and returns its length, short when there are requests_max already.
   std::size_t handle(std::span<const Request> requests) noexcept;
   /// Goes on with what is pending; `done` when every request taken has its answer ready.
   Progress advance() noexcept;
@@ -120,14 +131,22 @@ class VirtioIommu {
     std::vector<ReservedMemory> reserved;
     Domain* domain = nullptr;  // the one it was attached to; bypass_ or null otherwise
   };
+  using Bytes72 = std::array<std::byte, virtio::probe_bytes>;
   struct Slot {
+    enum class State : std::uint8_t {
+      fresh,
+      held,    // copied, and waits for what is before it
+      staged,  // waits for its domain's batch
+      answered,
+      taken,
+    };
     Request request{};
     std::uint32_t written = 0;
     virtio::Status status = virtio::Status::ok;
-    Domain* domain = nullptr;  // of a MAP or UNMAP that waits for its batch
-    bool answered = false;
+    State state = State::fresh;
+    Domain* domain = nullptr;  // of a staged one
+    Bytes72 bytes;             // the request, once it was looked at
   };
-  using Bytes72 = std::array<std::byte, virtio::probe_bytes>;
 
   Endpoint* find_endpoint(std::uint32_t id) noexcept;
   const Endpoint* find_endpoint(std::uint32_t id) const noexcept;
@@ -137,15 +156,21 @@ class VirtioIommu {
   Result<void> leave(Endpoint& endpoint);
   Result<void> settle(Endpoint& endpoint);
   void drop_domain_if_unused(Domain* domain);
+  Domain& make_domain(std::uint32_t id, bool bypass);
   Domain& bypass_domain();
+  Result<void> restore_from(StateReader& in);
   void fill_identity(Domain& domain);
   void update_reserved(Domain& domain);
-  bool start(std::uint32_t index) noexcept;
+  void copy_request(Slot& slot) noexcept;
+  bool start_requests() noexcept;
+  bool start(const GuestMemory::View& view, std::uint32_t index) noexcept;
   void answer(Slot& slot, virtio::Status status) noexcept;
   virtio::Status do_attach(const Bytes72& bytes) noexcept;
   virtio::Status do_detach(const Bytes72& bytes) noexcept;
-  virtio::Status do_map(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag, Slot& slot) noexcept;
-  virtio::Status do_unmap(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag, Slot& slot) noexcept;
+  virtio::Status do_map(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag,
+                        Domain* domain) noexcept;
+  virtio::Status do_unmap(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag,
+                          Domain* domain) noexcept;
   void do_probe(const Bytes72& bytes, Slot& slot) noexcept;
   bool commit_domains() noexcept;
   void mark_dirty(Domain& domain) noexcept;
@@ -160,11 +185,10 @@ class VirtioIommu {
   std::unique_ptr<Domain> bypass_;                    // RAM as it is, for those who bypass
   Domain* last_domain_ = nullptr;                     // requests come in runs for one domain
   std::vector<Domain*> dirty_;
-  std::vector<Slot> slots_;  // taken; those before next_ were looked at, before taken_ are gone
-  std::size_t next_ = 0;
-  std::size_t round_first_ = 0;  // of the requests that wait for their batch
-  std::size_t ready_ = 0;
-  std::size_t taken_ = 0;
+  std::vector<Slot> slots_;
+  std::size_t next_ = 0;   // before it none is fresh or held
+  std::size_t open_ = 0;   // before it all are answered
+  std::size_t taken_ = 0;  // before it all are taken
   VirtioIommuStats stats_;
 };
 

@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "base/error_text.hpp"
+#include "viommu/vtd_path.hpp"
 
 namespace iovane::viommu {
 namespace {
@@ -24,6 +25,7 @@ struct Vtd::Domain {
   VtdBinding binding;  // kind, domain and table are the key
   VtdEntryRules rules;
   VtdInputRanges inputs;
+  VtdPath path;
   std::uint32_t users = 0;
   bool dirty = false;
   bool failed = false;  // emptied; only an invalidation of all of it starts again
@@ -142,8 +144,10 @@ Vtd::Domain& Vtd::make_domain(const VtdBinding& binding) {
       binding.kind == VtdBinding::Kind::pass_through || binding.table.stage == VtdPageTable::Stage::first
           ? 64
           : std::min<unsigned>(12 + 9 * binding.table.levels, 57);
-  domains_.push_back(std::make_unique<Domain>(config, binding, config_.capabilities));
-  return *domains_.back();
+  auto made = std::make_unique<Domain>(config, binding, config_.capabilities);
+  const auto place = std::upper_bound(domains_.begin(), domains_.end(), binding.domain,
+                                      [](std::uint16_t id, const auto& d) { return id < d->binding.domain; });
+  return **domains_.insert(place, std::move(made));
 }
 
 // The endpoint leaves its old table at once: from here on the device sees the new one, or nothing.
@@ -183,10 +187,15 @@ void Vtd::move_stale_endpoints(const GuestMemory::View& view) noexcept {
   for (Endpoint& endpoint : endpoints_) {
     if (!std::exchange(endpoint.stale, false)) continue;
     const VtdBinding binding = binding_of(view, endpoint);
+    static_cast<void>(budget_.take(1));
     if (binding == endpoint.binding && (endpoint.domain != nullptr || binding.kind == VtdBinding::Kind::blocked))
       continue;
+    // What it leaves is unmapped, what it joins is mapped on its host: work that its guest caused.
+    const auto leaves = [&] { return endpoint.domain == nullptr ? 0 : endpoint.domain->shadow.index().leaves(); };
+    static_cast<void>(budget_.take(leaves()));
     if (auto moved = move_endpoint(view, endpoint, binding); !moved)
       events_.shadow_failed(binding.domain, moved.error());
+    static_cast<void>(budget_.take(leaves()));
   }
   any_stale_ = false;
   drop_unused_domains();
@@ -220,44 +229,24 @@ void Vtd::mark_dirty(Domain& domain) noexcept {
   dirty_.push_back(&domain);
 }
 
+std::span<const std::unique_ptr<Vtd::Domain>> Vtd::domains_named(const VtdDescriptor& d) const noexcept {
+  if (d.scope == VtdDescriptor::Scope::global) return domains_;
+  const auto first = std::lower_bound(domains_.begin(), domains_.end(), d.domain,
+                                      [](const auto& owned, std::uint16_t id) { return owned->binding.domain < id; });
+  auto last = first;
+  while (last != domains_.end() && (*last)->binding.domain == d.domain) ++last;
+  return {first, last};
+}
+
 // Turns a descriptor into tasks, waits, or endpoints to look up again.
 void Vtd::apply(const GuestMemory::View& view, const VtdDescriptor& d) noexcept {
   using Kind = VtdDescriptor::Kind;
-  using Scope = VtdDescriptor::Scope;
   ++stats_.descriptors;
   switch (d.kind) {
     case Kind::context_cache:
     case Kind::pasid_cache: mark_endpoints(d); return;
     case Kind::iotlb:
-    case Kind::pasid_iotlb:
-      for (const auto& owned : domains_) {
-        Domain& domain = *owned;
-        if (domain.binding.kind != VtdBinding::Kind::paging) continue;
-        if (d.scope != Scope::global && domain.binding.domain != d.domain) continue;
-        // PASID-based invalidation concerns first-level tables only, the other one second-level tables; a guest that
-        // invalidates more than it must is not wrong, so the IOTLB kind is taken for both.
-        if (d.kind == Kind::pasid_iotlb && !domain.rules.first()) continue;
-        if (d.scope != Scope::page) {
-          domain.failed = false;
-          compare(domain, domain.inputs.low);
-          if (domain.inputs.high) compare(domain, *domain.inputs.high);
-          continue;
-        }
-        const IovaRange named{Iova{d.first_address()}, Iova{d.last_address()}};
-        if (domain.failed) continue;
-        if (const auto low = domain.inputs.low.intersection(named); low) {
-          if (task_next_ == tasks_.size()) {  // nothing waits before it: do it now
-            Task task{&domain, *low};
-            run_task(view, task);
-            if (task.domain != nullptr) tasks_.push_back(task);
-          } else {
-            compare(domain, *low);
-          }
-        }
-        if (domain.inputs.high)
-          if (const auto high = domain.inputs.high->intersection(named); high) compare(domain, *high);
-      }
-      return;
+    case Kind::pasid_iotlb: invalidate(view, d); return;
     case Kind::interrupt_cache: events_.interrupt_cache_invalidated(d); return;
     case Kind::wait:
       ++stats_.waits;
@@ -268,32 +257,115 @@ void Vtd::apply(const GuestMemory::View& view, const VtdDescriptor& d) noexcept 
   }
 }
 
+void Vtd::invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept {
+  using Scope = VtdDescriptor::Scope;
+  const auto named_domains = domains_named(d);
+  static_cast<void>(budget_.take(named_domains.size()));
+  for (const auto& owned : named_domains) {
+    Domain& domain = *owned;
+    if (domain.binding.kind != VtdBinding::Kind::paging) continue;
+    // PASID-based invalidation concerns first-level tables only, the other one second-level tables; a guest that
+    // invalidates more than it must is not wrong, so the IOTLB kind is taken for both.
+    if (d.kind == VtdDescriptor::Kind::pasid_iotlb && !domain.rules.first()) continue;
+    if (d.scope != Scope::page) {
+      domain.failed = false;
+      compare(domain, domain.inputs.low);
+      if (domain.inputs.high) compare(domain, *domain.inputs.high);
+      continue;
+    }
+    if (domain.failed) continue;
+    const IovaRange named{Iova{d.first_address()}, Iova{d.last_address()}};
+    const bool nothing_waits = task_next_ == tasks_.size();
+    if (nothing_waits && compare_run(view, domain, named)) [[likely]]
+      continue;
+    if (const auto low = domain.inputs.low.intersection(named); low) {
+      if (nothing_waits) {  // do it now
+        Task task{&domain, *low};
+        run_task(view, task);
+        if (task.domain != nullptr) tasks_.push_back(task);
+      } else {
+        compare(domain, *low);
+      }
+    }
+    if (domain.inputs.high)
+      if (const auto high = domain.inputs.high->intersection(named); high) compare(domain, *high);
+  }
+}
+
+// The common invalidation, cut short: a few pages of one level-1 table. False: take the long way.
+bool Vtd::compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept {
+  const std::uint64_t iova = range.start.value;
+  if (range.span() > VtdPath::span || ((iova ^ range.last.value) & ~VtdPath::span) != 0) return false;
+  if (!domain.inputs.low.contains(range) && !(domain.inputs.high && domain.inputs.high->contains(range))) return false;
+  Access inherited = Access::none;
+  const std::uint64_t* entries = domain.path.find(view, iova, inherited);
+  if (entries == nullptr) entries = domain.path.follow(view, domain.binding.table, domain.rules, iova, inherited);
+  if (entries == nullptr) return false;
+  const auto count = static_cast<unsigned>(range.span() >> 12) + 1;
+  if (!note(domain, sync_entries(view, domain.shadow, domain.rules, iova, entries, count, inherited, budget_, 0)))
+    tasks_.push_back(emptying(domain));
+  return true;
+}
+
+// False: the domain has failed just now, and must be emptied.
+bool Vtd::note(Domain& domain, const SyncOutcome& outcome) noexcept {
+  stats_.entries_compared += outcome.entries;
+  stats_.reserved_entries += outcome.reserved_entries;
+  if (domain.shadow.staged() != 0) mark_dirty(domain);
+  if (outcome.error.ok()) [[likely]]
+    return true;
+  fail_domain(domain, outcome.error);
+  return false;
+}
+
 // Runs a task until it is finished (task.domain becomes null) or the budget is.
 void Vtd::run_task(const GuestMemory::View& view, Task& task) noexcept {
   Domain& domain = *task.domain;
+  if (task.empties) return empty_some(view, task);
   if (domain.failed) {
     task.domain = nullptr;
     return;
   }
   const SyncOutcome outcome =
       sync_range(view, domain.shadow, domain.binding.table, domain.rules, task.range, budget_, 0);
-  stats_.entries_compared += outcome.entries;
-  stats_.reserved_entries += outcome.reserved_entries;
-  if (domain.shadow.staged() != 0) mark_dirty(domain);
-  if (!outcome.error.ok()) fail_domain(view, domain, outcome.error);
-  if (outcome.error.ok() && outcome.resume) {
+  if (!note(domain, outcome)) {
+    task = emptying(domain);
+  } else if (outcome.resume) {
     task.range.start = Iova{*outcome.resume};
   } else {
     task.domain = nullptr;
   }
 }
 
-void Vtd::fail_domain(const GuestMemory::View& view, Domain& domain, const Error& error) noexcept {
+void Vtd::fail_domain(Domain& domain, const Error& error) noexcept {
   ++stats_.failed_domains;
   domain.failed = true;
-  static_cast<void>(domain.shadow.unmap(view, IovaRange::everything(), CutRule::cut));
-  mark_dirty(domain);
   events_.shadow_failed(domain.binding.domain, error);
+}
+
+Vtd::Task Vtd::emptying(Domain& domain) noexcept { return {&domain, IovaRange::everything(), true}; }
+
+// Takes mappings away, a level-1 table's worth at a time, for as long as the budget lasts.
+void Vtd::empty_some(const GuestMemory::View& view, Task& task) noexcept {
+  Domain& domain = *task.domain;
+  ShadowDomain& shadow = domain.shadow;
+  while (budget_.left != 0) {
+    const auto leaf = shadow.index().next(task.range.start.value, task.range.last.value);
+    if (!leaf) {
+      task.domain = nullptr;
+      break;
+    }
+    const Iova last{std::max(leaf->range.last.value, leaf->range.start.value | VtdPath::span)};
+    const auto gone = shadow.unmap(view, {leaf->range.start, last}, CutRule::cut);
+    if (!gone) events_.shadow_failed(domain.binding.domain, gone.error());
+    static_cast<void>(budget_.take(1 + gone.value_or(0U)));
+    if (last == task.range.last) {
+      task.domain = nullptr;
+      break;
+    }
+    task.range.start = Iova{last.value + 1};
+  }
+  if (shadow.staged() != 0) mark_dirty(domain);
 }
 
 bool Vtd::run_tasks(const GuestMemory::View& view) noexcept {
@@ -310,6 +382,7 @@ bool Vtd::run_tasks(const GuestMemory::View& view) noexcept {
 
 // Every domain with staged edits gets its batch; true when all of them are in effect.
 bool Vtd::commit_domains() noexcept {
+  if (dirty_.empty()) return true;
   std::erase_if(dirty_, [&](Domain* domain) {
     if (domain->shadow.commit() == Progress::pending) return false;
     domain->dirty = false;
@@ -335,20 +408,19 @@ void Vtd::finish_round(const GuestMemory::View& view) noexcept {
 // True when there is nothing more to read. Stops at a descriptor that moves endpoints.
 bool Vtd::read_descriptors(const GuestMemory::View& view) noexcept {
   if (!queue_on_ || queue_error_) return true;
+  const std::uint64_t* page = nullptr;  // of the queue, that holds descriptors from page_first on
+  std::uint32_t page_first = 0;
+  const std::uint32_t page_entries = 4096 / entry_bytes_;
   while (head_ != tail_) {
     if (budget_.left == 0 || any_stale_ || tasks_.size() - task_next_ >= tasks_max || waits_.size() >= queue_entries_)
       return false;
-    VtdRawDescriptor raw{};
-    const std::uint64_t at = queue_gpa_ + std::uint64_t{head_} * entry_bytes_;
-    const std::uint64_t* words = view.table(at & ~std::uint64_t{0xfff});
-    std::optional<VtdDescriptor> descriptor;
-    if (words != nullptr) {
-      for (unsigned i = 0; i < entry_bytes_ / 8; ++i) {
-        raw[i] = GuestMemory::View::load(words + (at & 0xfff) / 8 + i);
-        if constexpr (std::endian::native == std::endian::big) raw[i] = __builtin_bswap64(raw[i]);
-      }
-      descriptor = decode_descriptor(raw, config_.descriptors);
+    if (page == nullptr || head_ - page_first >= page_entries) {
+      page_first = head_ & ~(page_entries - 1);
+      page = view.table(queue_gpa_ + std::uint64_t{page_first} * entry_bytes_);
     }
+    const auto descriptor = page == nullptr
+                                ? std::optional<VtdDescriptor>{}
+                                : decode_descriptor(load_descriptor(page, head_ - page_first), config_.descriptors);
     if (!descriptor) {
       queue_error_ = true;
       ++stats_.queue_errors;
@@ -359,6 +431,16 @@ bool Vtd::read_descriptors(const GuestMemory::View& view) noexcept {
     apply(view, *descriptor);
   }
   return true;
+}
+
+// Each word of it once.
+VtdRawDescriptor Vtd::load_descriptor(const std::uint64_t* page, std::uint32_t index) const noexcept {
+  const std::uint64_t* words = page + std::size_t{index} * (entry_bytes_ / 8);
+  VtdRawDescriptor raw{GuestMemory::View::load(words), GuestMemory::View::load(words + 1), 0, 0};
+  if (entry_bytes_ == 32) raw[2] = GuestMemory::View::load(words + 2), raw[3] = GuestMemory::View::load(words + 3);
+  if constexpr (std::endian::native == std::endian::big)
+    for (std::uint64_t& word : raw) word = __builtin_bswap64(word);
+  return raw;
 }
 
 Progress Vtd::begin() noexcept {
@@ -398,6 +480,7 @@ bool Vtd::set_queue(std::uint64_t iqa) noexcept {
   const std::uint64_t size = iqa & 7;
   const bool wide = (iqa >> 11 & 1) != 0;
   queue_on_ = (iqa & 0x7f8) == 0 && (!wide || config_.capabilities.scalable);
+  iqa_ = iqa;
   queue_gpa_ = iqa & ~std::uint64_t{0xfff};
   entry_bytes_ = wide ? 32 : 16;
   queue_entries_ = (4096U << size) / entry_bytes_;
@@ -454,6 +537,34 @@ void Vtd::wait(std::chrono::nanoseconds timeout) noexcept {
 
 void Vtd::finish() noexcept {
   while (advance() == Progress::pending) wait(wait_slice);
+}
+
+Vtd::State Vtd::save_state() const noexcept {
+  return {1,
+          enabled_ ? 1U : 0U,
+          rtaddr_,
+          queue_on_ ? iqa_ : 0,
+          head(),
+          std::uint64_t{tail_} * entry_bytes_,
+          queue_error_ ? 1U : 0U};
+}
+
+Result<void> Vtd::restore_state(const State& state) noexcept {
+  const auto bad = [](const char* what) { return make_error(Errc::bad_format, Stage::validate, what); };
+  if (state.version != 1) return bad("VT-d state: of a version this program does not know");
+  if (state.iqa != 0 && !set_queue(state.iqa)) return bad("VT-d state: its queue address is not one");
+  const std::uint64_t bytes = std::uint64_t{queue_entries_} * entry_bytes_;
+  if (state.iqa != 0 && (state.head >= bytes || state.tail >= bytes || (state.head | state.tail) % entry_bytes_ != 0))
+    return bad("VT-d state: its queue's head or tail is outside the queue");
+  if (state.iqa != 0) {
+    head_ = done_head_ = static_cast<std::uint32_t>(state.head / entry_bytes_);
+    tail_ = static_cast<std::uint32_t>(state.tail / entry_bytes_);
+  }
+  queue_error_ = error_reported_ = state.queue_error != 0;
+  rtaddr_ = state.rtaddr;
+  static_cast<void>(set_translation(state.enabled != 0));
+  finish();
+  return {};
 }
 
 Progress Vtd::memory_added() noexcept {

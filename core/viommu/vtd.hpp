@@ -43,7 +43,7 @@ struct VtdConfig {
   VtdDescriptorRules descriptors{};
   DomainConfig domain{};  ///< of every domain; address_bits, granule and reserved are set here
   std::uint32_t domains_max = 1024;
-  std::uint64_t work_per_call = 1U << 18;  ///< table entries looked at per call
+  std::uint64_t work_per_call = 1U << 16;  ///< table entries looked at, or taken back, per call
 };
 
 /// What the VMM does when the unit has something to say.
@@ -111,6 +111,20 @@ class Vtd {
   /// advance() until done.
   void finish() noexcept;
 
+  /// What a migrating guest's unit needs beside its registers. Precondition of both: idle(). Tables are guest memory
+  /// and travel with it: restore_state() walks them anew for the endpoints that are there.
+  struct State {
+    std::uint32_t version = 1;
+    std::uint32_t enabled = 0;
+    std::uint64_t rtaddr = 0;
+    std::uint64_t iqa = 0;
+    std::uint64_t head = 0;         ///< as IQH
+    std::uint64_t tail = 0;         ///< as IQT
+    std::uint64_t queue_error = 0;  ///< FSTS.IQE is set: the queue stands still
+  };
+  State save_state() const noexcept;
+  Result<void> restore_state(const State& state) noexcept;
+
   /// RAM was added (the targets have it already), or is about to go. Wait for `done` before GuestMemory::remove().
   Progress memory_added() noexcept;
   Progress memory_removing(const Region& region) noexcept;
@@ -141,9 +155,10 @@ class Vtd {
     Domain* domain = nullptr;
     bool stale = false;  // to be looked up again
   };
-  struct Task {  // a range of a domain to be compared
+  struct Task {  // a range of a domain to be compared, or emptied
     Domain* domain = nullptr;
     IovaRange range{};
+    bool empties = false;
   };
   struct PendingWait {
     bool write_status = false;
@@ -162,11 +177,18 @@ class Vtd {
   Result<Domain*> domain_for(const GuestMemory::View& view, const VtdBinding& binding) noexcept;
   Domain& make_domain(const VtdBinding& binding);
   void drop_unused_domains() noexcept;
+  std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) const noexcept;
+  void invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
+  bool compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept;
+  bool note(Domain& domain, const SyncOutcome& outcome) noexcept;
   void compare(Domain& domain, const IovaRange& range) noexcept;
   bool run_tasks(const GuestMemory::View& view) noexcept;
   void run_task(const GuestMemory::View& view, Task& task) noexcept;
-  void fail_domain(const GuestMemory::View& view, Domain& domain, const Error& error) noexcept;
+  static Task emptying(Domain& domain) noexcept;
+  void empty_some(const GuestMemory::View& view, Task& task) noexcept;
+  void fail_domain(Domain& domain, const Error& error) noexcept;
   bool read_descriptors(const GuestMemory::View& view) noexcept;
+  VtdRawDescriptor load_descriptor(const std::uint64_t* page, std::uint32_t index) const noexcept;
   void mark_dirty(Domain& domain) noexcept;
   bool commit_domains() noexcept;
   void finish_round(const GuestMemory::View& view) noexcept;
@@ -176,9 +198,9 @@ class Vtd {
   VtdConfig config_;
   VtdEvents& events_;
   std::vector<Endpoint> endpoints_;
-  std::vector<std::unique_ptr<Domain>> domains_;
-  std::vector<Domain*> dirty_;  // with staged edits or a batch in flight
-  std::vector<Task> tasks_;     // first in, first out from task_next_
+  std::vector<std::unique_ptr<Domain>> domains_;  // by binding.domain
+  std::vector<Domain*> dirty_;                    // with staged edits or a batch in flight
+  std::vector<Task> tasks_;                       // first in, first out from task_next_
   std::size_t task_next_ = 0;
   std::vector<PendingWait> waits_;  // of this round, in order
   WorkBudget budget_{};
@@ -189,6 +211,7 @@ class Vtd {
   bool queue_on_ = false;
   bool queue_error_ = false;
   bool error_reported_ = false;
+  std::uint64_t iqa_ = 0;
   std::uint64_t queue_gpa_ = 0;
   std::uint32_t queue_entries_ = 0;
   std::uint32_t entry_bytes_ = 16;

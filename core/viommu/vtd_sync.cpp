@@ -46,25 +46,27 @@ class DifferenceVisitor {
   // Level-1 entries: `want` is decided on one load each; then removals, then additions, in runs.
   bool run(std::uint64_t iova, const std::uint64_t* entries, unsigned count, Access inherited) noexcept {
     flush_hole();
-    outcome.entries += count;
-    bool reserved = false;
-    const std::uint64_t* have = domain_.index().leaf_slots(iova);
-    if (have != nullptr) have += (iova >> 12) & 511U;
-    if (count == 1 && have != nullptr) [[likely]] {
-      single(iova, load(entries, inherited, reserved), *have & LeafWord::guest_mask);
+    if (count == 1) {
+      one(iova, entries, inherited);
+    } else if (count <= 16) {
+      several<16>(iova, entries, count, inherited);
     } else {
-      std::array<std::uint64_t, 512> want{};
-      for (unsigned i = 0; i < count; ++i) want[i] = load(entries + i, inherited, reserved);
-      if (have == nullptr) {
-        whole(iova, want.data(), count);
-      } else {
-        std::array<std::uint64_t, 512> had;  // the edits below change the slots
-        for (unsigned i = 0; i < count; ++i) had[i] = have[i] & LeafWord::guest_mask;
-        differences(iova, want.data(), had.data(), count);
-      }
+      several<512>(iova, entries, count, inherited);
+    }
+    return budget_.take(count) && outcome.error.ok();
+  }
+
+  void one(std::uint64_t iova, const std::uint64_t* entry, Access inherited) noexcept {
+    const std::uint64_t* have = domain_.index().leaf_slots(iova);
+    ++outcome.entries;
+    bool reserved = false;
+    const std::uint64_t want = load(entry, inherited, reserved);
+    if (have == nullptr) {
+      whole(iova, &want, 1);
+    } else {
+      single(iova, want, have[iova >> 12 & 511U] & LeafWord::guest_mask);
     }
     if (reserved) ++outcome.reserved_entries;
-    return budget_.take(count) && outcome.error.ok();
   }
 
   void flush_hole() noexcept {
@@ -76,6 +78,24 @@ class DifferenceVisitor {
 
  private:
   static constexpr std::uint64_t page = 4096;
+
+  template <std::size_t CountMax>
+  void several(std::uint64_t iova, const std::uint64_t* entries, unsigned count, Access inherited) noexcept {
+    outcome.entries += count;
+    bool reserved = false;
+    const std::uint64_t* have = domain_.index().leaf_slots(iova);
+    std::array<std::uint64_t, CountMax> want{};
+    for (unsigned i = 0; i < count; ++i) want[i] = load(entries + i, inherited, reserved);
+    if (have == nullptr) {
+      whole(iova, want.data(), count);
+    } else {
+      have += iova >> 12 & 511U;
+      std::array<std::uint64_t, CountMax> had{};  // the edits below change the slots
+      for (unsigned i = 0; i < count; ++i) had[i] = have[i] & LeafWord::guest_mask;
+      differences(iova, want.data(), had.data(), count);
+    }
+    if (reserved) ++outcome.reserved_entries;
+  }
 
   std::uint64_t load(const std::uint64_t* entry, Access inherited, bool& reserved) const noexcept {
     std::uint64_t word = GuestMemory::View::load(entry);
@@ -148,7 +168,7 @@ class DifferenceVisitor {
       if (one_run && domain_.index().match(range, want[0]) == ShadowIndex::Match::equal) return;
       remove(range);
     }
-    std::array<std::uint64_t, 512> nothing{};
+    static constexpr std::array<std::uint64_t, 512> nothing{};
     differences(iova, want, nothing.data(), count);
   }
 
@@ -170,6 +190,14 @@ SyncOutcome sync_range(const GuestMemory::View& view, ShadowDomain& domain, cons
   const auto resume = walk.walk(range);
   visitor.flush_hole();
   visitor.outcome.resume = visitor.outcome.error.ok() ? resume : std::nullopt;
+  return visitor.outcome;
+}
+
+SyncOutcome sync_entries(const GuestMemory::View& view, ShadowDomain& domain, const VtdEntryRules& rules,
+                         std::uint64_t iova, const std::uint64_t* entries, unsigned count, Access inherited,
+                         WorkBudget& budget, std::uint32_t tag) noexcept {
+  DifferenceVisitor visitor{view, domain, rules, budget, tag};
+  static_cast<void>(visitor.run(iova, entries, count, inherited));
   return visitor.outcome;
 }
 

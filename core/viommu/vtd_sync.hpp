@@ -29,4 +29,9 @@ struct SyncOutcome {
 SyncOutcome sync_range(const GuestMemory::View& view, ShadowDomain& domain, const VtdPageTable& table,
                        const VtdEntryRules& rules, IovaRange range, WorkBudget& budget, std::uint32_t tag) noexcept;
 
+/// The same for `count` level-1 entries that begin at `entries`, whose pages begin at `iova`.
+SyncOutcome sync_entries(const GuestMemory::View& view, ShadowDomain& domain, const VtdEntryRules& rules,
+                         std::uint64_t iova, const std::uint64_t* entries, unsigned count, Access inherited,
+                         WorkBudget& budget, std::uint32_t tag) noexcept;
+
 }  // namespace iovane::viommu

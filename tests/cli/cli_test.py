@@ -175,6 +175,19 @@ class Replay(Command):
         for part in ("why:", "time/event loop", "calls/event", "verified", "no mapping, pin or descriptor was left"):
             self.assertIn(part, text)
 
+    def test_front_ends_carry_a_guests_driver_to_the_host(self):
+        words = ("replay", "--events", "2000", "--baseline", "engine", "--front-end", "virtio-iommu,vtd,papr", "--json", self.MIXED)
+        for backend in ("model", "model:type1"):
+            with self.subTest(backend=backend):
+                runs = json.loads(self.iovane(*words, "--backend", backend).stdout)["runs"]
+                self.assertEqual([run["target"] for run in runs], ["engine", "virtio-iommu", "vtd", "papr"])
+                for run in runs:
+                    self.assertTrue(run["verified"])
+                    self.assertEqual(run["events"], 2000)
+                    self.assertGreater(run["checks"]["live_reads"], 0)
+                self.assertLess(runs[1]["kernel_calls"], 2000)  # requests of one notification share calls
+        self.refuses(USAGE, ("replay", self.MIXED, "--front-end", "smmu"), "--help")
+
     def test_rounds_are_one_line_each_in_the_report(self):
         words = ("replay", "--backend", "model", "--events", "2000", "--rounds", "3", "--baseline", "event,engine", "--json", self.MIXED)
         self.assertEqual([run["target"] for run in json.loads(self.iovane(*words).stdout)["runs"]], ["event", "engine"])

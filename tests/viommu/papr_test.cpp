@@ -162,6 +162,46 @@ TEST_F(PaprTest, DynamicWindowsOfEveryPageSize) {
   EXPECT_EQ(put(0x3000, 0x5003), hcall::success);
 }
 
+TEST_F(PaprTest, WindowsAndTablesGoToAnotherHost) {
+  for (std::uint64_t i = 0; i < 20; ++i) ASSERT_EQ(put(0x1000 * i, (0x10'0000 + i * 0x3000) | 3), hcall::success);
+  ASSERT_EQ(put(0x80'0000, 0xabc000), hcall::success) << "kept, though it has no rights";
+  const auto made = papr.create_window(buid, 16, 30);
+  ASSERT_EQ(made.status, rtas::success);
+  ASSERT_EQ(put(made.address + 0x5'0000, 0x20'0003, made.liobn), hcall::success);
+  const auto bytes = papr.save_state();
+  RecordingTarget other_host;
+  PaprTce other{memory, nullptr};
+  ASSERT_TRUE(other.add_phb(small_phb()));
+  ASSERT_TRUE(other.add_device(buid, &other_host));
+  call(other, hcall::put_tce, liobn, 0x7000, 0x1003);
+  for (std::size_t i = 0; i < bytes.size(); i += 7) {
+    auto damaged = bytes;
+    damaged[i] ^= std::byte{4};
+    ASSERT_EQ(other.restore_state(damaged).error().code, Errc::bad_format) << i;
+    ASSERT_EQ(other.restore_state(std::span{bytes}.first(i)).error().code, Errc::bad_format) << i;
+  }
+  EXPECT_EQ(other_host.held().size(), 1U) << "what is damaged changes nothing";
+  ASSERT_TRUE(other.restore_state(bytes));
+  EXPECT_EQ(other.save_state(), bytes);
+  std::map<std::uint64_t, std::uint64_t> here;
+  std::map<std::uint64_t, std::uint64_t> there;
+  for (const auto& [at, held] : host.held()) here[at] = held.region_offset;
+  for (const auto& [at, held] : other_host.held()) there[at] = held.region_offset;
+  EXPECT_EQ(there, here);
+  EXPECT_EQ(other.translate(made.liobn, made.address + 0x5'1234).gpa, 0x20'1234U);
+  other_host.fault = [](const HostOp& op) {
+    return op.kind == HostOp::Kind::map ? make_error(Errc::entry_limit, Stage::map, "full") : Error{};
+  };
+  EXPECT_EQ(other.restore_state(bytes).error().code, Errc::entry_limit);
+  EXPECT_TRUE(other_host.held().empty());
+  EXPECT_EQ(call(other, hcall::put_tce, liobn, 0x1000, 0), hcall::success) << "the default window is there";
+  EXPECT_EQ(other.query_window(buid).windows_available, 1U);
+  other_host.fault = nullptr;
+  PaprTce nothing{memory, nullptr};
+  EXPECT_EQ(nothing.restore_state(bytes).error().code, Errc::bad_format) << "other host bridges";
+  ASSERT_TRUE(other.remove_device(buid, &other_host));
+}
+
 TEST_F(PaprTest, ContainersShareATableByReference) {
   RecordingTarget other{"other"};
   EXPECT_EQ(put(0x3000, 0x5003), hcall::success);

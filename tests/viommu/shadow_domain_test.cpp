@@ -89,6 +89,33 @@ TEST_F(ShadowDomainTest, AGuestThatCutsAUnitGetsItsRemaindersMappedAgain) {
   EXPECT_EQ(stats.gap_bytes, 12U << 12);
 }
 
+TEST_F(ShadowDomainTest, ARefusingUnmapMayBeginAndEndAnywhereButCutsNothing) {
+  ShadowDomain domain{{}};
+  const auto view = memory.view();
+  ASSERT_TRUE(domain.attach(view, host));
+  ASSERT_TRUE(domain.map(view, pages(16, 1), 0x100000, Access::read));
+  ASSERT_TRUE(domain.map(view, pages(17, 1), 0x300000, Access::read));
+  ASSERT_TRUE(domain.map(view, pages(512, 512), 0x200000, Access::read));
+  domain.commit_and_wait();
+  const auto unmap = [&](std::uint64_t first, std::uint64_t last) {
+    const auto gone = domain.unmap(view, {Iova{first}, Iova{last}}, CutRule::refuse);
+    domain.commit_and_wait();
+    expect_mirrored(domain, host, memory);
+    return gone ? Errc::ok : gone.error().code;
+  };
+  EXPECT_EQ(unmap(0x10000, 0x10000), Errc::would_bisect);
+  EXPECT_EQ(unmap(0x10001, 0x10fff), Errc::would_bisect);
+  EXPECT_EQ(unmap(0x10000, 0x11001), Errc::would_bisect);
+  EXPECT_EQ(unmap(0x10800, 0x11fff), Errc::would_bisect);
+  EXPECT_EQ(unmap(0x200001, 0x3fffff), Errc::would_bisect);
+  EXPECT_EQ(unmap(0x200000, 0x3ffffe), Errc::would_bisect);
+  EXPECT_EQ(domain.index().leaves(), 3U);
+  EXPECT_EQ(unmap(0xf123, 0x10fff), Errc::ok);
+  EXPECT_EQ(unmap(0x11000, 0x1fffff), Errc::ok);
+  EXPECT_EQ(unmap(0x1fff00, 0x4000ff), Errc::ok);
+  EXPECT_EQ(domain.index().leaves(), 0U);
+}
+
 TEST_F(ShadowDomainTest, ATargetThatCanCutHasNoGap) {
   host.may_cut = true;
   ShadowDomain domain{{}};

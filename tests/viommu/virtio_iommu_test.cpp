@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <random>
+#include <set>
 
 #include "recorded_data.hpp"
 #include "viommu/recording_target.hpp"
@@ -245,6 +247,131 @@ TEST_F(VirtioIommuTest, ANotificationIsOneBatchAnsweredInOrderWhenItIsDone) {
     EXPECT_EQ(static_cast<Status>(out[i][0]), i == 20 ? Status::invalid : Status::ok) << i;
   }
   EXPECT_TRUE(host.held().empty());
+}
+
+TEST_F(VirtioIommuTest, TheDeviceGoesToAnotherHost) {
+  RecordingTarget second{"second"};
+  ASSERT_TRUE(device.add_endpoint(9, &second, {}));
+  ASSERT_TRUE(device.add_endpoint(10, nullptr, {}));
+  EXPECT_EQ(ask(device, attach_request(1, 8)), Status::ok);
+  EXPECT_EQ(ask(device, attach_request(7, 9)), Status::ok);
+  for (std::uint64_t i = 1; i < 40; ++i)
+    EXPECT_EQ(ask(device, map_request(i % 2 == 0 ? 1 : 7, i << 16, (i << 16) + 0x2fff, i << 13, rw)), Status::ok);
+  const auto bytes = device.save_state();
+  ASSERT_TRUE(bytes);
+  RecordingTarget host_there;
+  RecordingTarget second_there;
+  VirtioIommu there{memory, strict_config()};
+  ASSERT_TRUE(there.add_endpoint(8, &host_there, {}));
+  ASSERT_TRUE(there.add_endpoint(9, &second_there, {}));
+  EXPECT_EQ(there.restore_state(*bytes).error().code, Errc::bad_format) << "endpoint 10 is missing";
+  ASSERT_TRUE(there.add_endpoint(10, nullptr, {}));
+  for (std::size_t i = 0; i < bytes->size(); i += 5) {
+    auto damaged = *bytes;
+    damaged[i] ^= std::byte{2};
+    ASSERT_EQ(there.restore_state(damaged).error().code, Errc::bad_format) << i;
+  }
+  ASSERT_TRUE(there.restore_state(*bytes));
+  EXPECT_EQ(*there.save_state(), *bytes);
+  EXPECT_EQ(host_there.held(), host.held());
+  EXPECT_EQ(second_there.held(), second.held());
+  // It goes on as one device.
+  EXPECT_EQ(ask(there, unmap_request(1, 2 << 16, (2 << 16) + 0x2fff)), Status::ok);
+  EXPECT_EQ(host_there.held().size(), host.held().size() - 1);
+  host_there.fault = [](const HostOp& op) {
+    return op.kind == HostOp::Kind::map ? make_error(Errc::entry_limit, Stage::map, "full") : Error{};
+  };
+  EXPECT_EQ(there.restore_state(*bytes).error().code, Errc::entry_limit);
+  EXPECT_TRUE(host_there.held().empty());
+  EXPECT_TRUE(second_there.held().empty());
+  EXPECT_EQ(there.domain(1), nullptr);
+  for (const std::uint32_t id : {8U, 9U, 10U}) ASSERT_TRUE(there.remove_endpoint(id));
+  ASSERT_TRUE(device.remove_endpoint(9));
+}
+
+TEST_F(VirtioIommuTest, ASlowHostDelaysItsOwnDomainOnly) {
+  RecordingTarget slow{"slow"};
+  ASSERT_TRUE(device.add_endpoint(9, &slow, {}));
+  EXPECT_EQ(ask(device, attach_request(1, 8)), Status::ok);
+  EXPECT_EQ(ask(device, attach_request(2, 9)), Status::ok);
+  slow.asynchronous = true;
+  const auto map = [](std::uint32_t domain, std::uint64_t page) {
+    return map_request(domain, page << 12, (page << 12) + 0xfff, page << 12, rw);
+  };
+  // Domains by turns, twice; then what must wait for all of it, and what must wait for that.
+  const std::vector bytes{map(2, 1), map(1, 1), map(2, 2), map(1, 2), map(2, 1)};
+  std::vector<std::array<std::byte, 4>> out(12, std::array<std::byte, 4>{std::byte{0xee}});
+  std::uint64_t cookie = 0;
+  const auto send = [&](const std::vector<std::byte>& request) {
+    const VirtioIommu::Request one{request, out[cookie], cookie};
+    ++cookie;
+    EXPECT_EQ(device.handle({&one, 1}), 1U);
+  };
+  const auto answered = [&] {
+    std::array<VirtioIommu::Answer, 16> answers{};
+    std::vector<std::uint64_t> cookies;
+    for (const auto& answer : std::span{answers}.first(device.take_answers(answers))) cookies.push_back(answer.cookie);
+    return cookies;
+  };
+  for (const auto& request : bytes) send(request);
+  EXPECT_EQ(device.advance(), Progress::pending);
+  EXPECT_EQ(answered(), (std::vector<std::uint64_t>{1, 3}));
+  EXPECT_EQ(host.held().size(), 2U);
+  const auto detach = detach_request(1, 8);
+  const auto late = map(1, 3);
+  send(detach);
+  send(late);
+  EXPECT_TRUE(answered().empty());
+  EXPECT_EQ(host.held().size(), 2U) << "DETACH waits for everything before it";
+  slow.finish();  // the first batch: one request
+  EXPECT_EQ(device.advance(), Progress::pending);
+  EXPECT_EQ(answered(), (std::vector<std::uint64_t>{0}));
+  slow.finish();  // the second: what came meanwhile
+  EXPECT_EQ(device.advance(), Progress::done);
+  EXPECT_EQ(answered(), (std::vector<std::uint64_t>{2, 4, 5, 6}));
+  EXPECT_EQ(slow.batches(), 2U);
+  for (std::size_t i = 0; i < cookie; ++i)
+    EXPECT_EQ(static_cast<Status>(out[i][0]), i == 4 ? Status::invalid : i == 6 ? Status::not_found : Status::ok) << i;
+  EXPECT_TRUE(host.held().empty());
+  slow.asynchronous = false;
+  ASSERT_TRUE(device.remove_endpoint(9));
+}
+
+TEST_F(VirtioIommuTest, NoDeviceWriteIsLostWhileTheGuestKeepsMapping) {
+  ASSERT_EQ(ask(device, attach_request(5, 8)), Status::ok);
+  ASSERT_TRUE(host.track_dirty(true));
+  std::mt19937_64 random{test_seed()};
+  std::set<std::uint64_t> expected;
+  std::set<std::uint64_t> taken;
+  std::map<std::uint64_t, std::uint64_t> live;  // IOVA page to guest page
+  for (int step = 0; step < 4000; ++step) {
+    const std::uint64_t at = 1 + random() % 64;
+    if (const auto place = live.find(at); place == live.end()) {
+      const std::uint64_t page = random() % 512;
+      ASSERT_EQ(ask(device, map_request(5, at << 12, (at << 12) + 0xfff, page << 12, rw)), Status::ok);
+      live.emplace(at, page);
+    } else if (random() % 3 == 0) {
+      ASSERT_EQ(ask(device, unmap_request(5, at << 12, (at << 12) + 0xfff)), Status::ok);
+      live.erase(place);
+      EXPECT_FALSE(host.device_writes(at << 12));
+    } else {
+      ASSERT_TRUE(host.device_writes((at << 12) + random() % 4096));
+      expected.insert(place->second);
+    }
+    if (step % 500 == 499) {
+      ASSERT_TRUE(host.take_dirty([&](const DirtyMemory& d) { taken.insert(d.offset >> 12); }));
+      ASSERT_EQ(taken, expected);
+      taken.clear();
+      expected.clear();
+    }
+    if (step == 2000) {  // a device that changes its domain keeps its record
+      ASSERT_EQ(ask(device, attach_request(6, 8)), Status::ok);
+      ASSERT_EQ(ask(device, attach_request(5, 8)), Status::ok);
+      live.clear();
+    }
+  }
+  ASSERT_TRUE(host.track_dirty(false));
+  EXPECT_FALSE(host.take_dirty([](const DirtyMemory&) {}));
 }
 
 TEST_F(VirtioIommuTest, RequestsBeyondTheBoundAreAShortCount) {

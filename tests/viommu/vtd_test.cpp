@@ -355,6 +355,22 @@ TEST_F(VtdTest, TablesThatPointAtThemselvesCostABoundedAmountAndEndAsAFailedDoma
   EXPECT_EQ(seen.failures, 1);
   EXPECT_GT(small.stats().yields, 2U) << "others had their turn";
   EXPECT_TRUE(host.held().empty());
+  // A domain that fails again is emptied in pieces, too.
+  hostile.domain(1);
+  const ShadowDomain* domain = small.domain_of(device, std::nullopt);
+  ASSERT_NE(domain, nullptr);
+  std::uint64_t most = 0;
+  std::uint64_t before = domain->stats().leaves_unmapped;
+  Progress progress = hostile.ring();
+  for (;; progress = small.advance()) {
+    const std::uint64_t now = domain->stats().leaves_unmapped;
+    most = std::max(most, now - std::exchange(before, now));
+    if (progress == Progress::done) break;
+  }
+  EXPECT_EQ(small.stats().failed_domains, 2U);
+  EXPECT_GT(most, 0U);
+  EXPECT_LE(most, 4096U + 512U);
+  EXPECT_TRUE(host.held().empty());
   // Page invalidations of a failed domain cost nothing; a whole one starts again, on a table that is sane now.
   hostile.page(1, 0);
   hostile.ring();
@@ -435,6 +451,74 @@ TEST_F(VtdTest, MemoryComesAndGoesUnderAMappedGuest) {
 
 // The recorded guest's descriptors and tables together: every descriptor of the log is executed on the snapshot, whose
 // tables do not change any more; the shadow must be unmoved by any of them.
+TEST_F(VtdTest, AUnitsStateGoesToAnotherHost) {
+  const std::uint64_t table = guest.new_table();
+  guest.set_context(device, table, 4, 1);
+  guest.start();
+  ASSERT_TRUE(unit.add_endpoint(device, std::nullopt, &host));
+  for (std::uint64_t i = 0; i < 100; ++i) guest.put(table, 4, 0x40'0000 + i * 4096, (0x100'0000 + i * 8192) | 3);
+  guest.domain(1);
+  guest.wait(1);
+  EXPECT_EQ(guest.ring(), Progress::done);
+  const Vtd::State state = unit.save_state();
+  EXPECT_EQ(state.head, state.tail);
+  CountingEvents other_events;
+  RecordingTarget other_host;
+  Vtd other{memory, legacy_config(), other_events};
+  ASSERT_TRUE(other.add_endpoint(device, std::nullopt, &other_host));
+  for (const auto damage : {&Vtd::State::head, &Vtd::State::tail, &Vtd::State::iqa}) {
+    Vtd::State bad = state;
+    bad.*damage = 0x7777'7777;
+    EXPECT_EQ(other.restore_state(bad).error().code, Errc::bad_format);
+  }
+  Vtd::State newer = state;
+  newer.version = 2;
+  EXPECT_EQ(other.restore_state(newer).error().code, Errc::bad_format);
+  ASSERT_TRUE(other.restore_state(state));
+  EXPECT_EQ(other_host.held(), host.held());
+  EXPECT_EQ(other.head(), unit.head());
+  // The queue goes on where it stood.
+  guest.put(table, 4, 0x40'0000, 0);
+  guest.page(1, 0x40'0000);
+  guest.wait(2);
+  EXPECT_EQ(other.write_tail((state.tail + 32) % 4096), Progress::done);
+  EXPECT_EQ(guest.waited(), 2U);
+  EXPECT_EQ(other_host.held().size(), host.held().size() - 1);
+  // A queue that stands still does so there too.
+  ram.store(VtdGuest::queue + (state.tail + 32) % 4096, 0xf);
+  EXPECT_EQ(other.write_tail((state.tail + 48) % 4096), Progress::done);
+  const Vtd::State broken = other.save_state();
+  EXPECT_EQ(broken.queue_error, 1U);
+  ASSERT_TRUE(unit.restore_state(broken));
+  EXPECT_EQ(unit.write_tail((state.tail + 64) % 4096), Progress::done);
+  EXPECT_EQ(unit.head(), broken.head);
+  ASSERT_TRUE(other.remove_endpoint(device, std::nullopt));
+}
+
+TEST_F(VtdTest, MovesOfDevicesAreWorkThatIsBounded) {
+  VtdConfig config = legacy_config();
+  config.work_per_call = 1000;
+  Vtd bounded{memory, config, events};
+  VtdGuest mover{ram, bounded, 0x200000};
+  const std::array tables{mover.new_table(), mover.new_table()};
+  for (std::uint64_t i = 0; i < 400; ++i)
+    for (const std::uint64_t table : tables) mover.put(table, 4, 0x40'0000 + i * 4096, (0x100'0000 + i * 8192) | 3);
+  mover.set_context(device, tables[0], 4, 1);
+  mover.start();
+  ASSERT_TRUE(bounded.add_endpoint(device, std::nullopt, &host));
+  // Another processor of the guest flips the device's table while the unit works through 40 invalidations of it.
+  for (int i = 0; i < 40; ++i) mover.context_device(device, 1), mover.context_device(device, 2);
+  mover.wait(1);
+  int calls = 1;
+  for (Progress progress = mover.ring(); progress == Progress::pending; progress = bounded.advance(), ++calls)
+    mover.set_context(device, tables[static_cast<std::size_t>(calls) % 2], 4,
+                      static_cast<std::uint16_t>(1 + calls % 2));
+  EXPECT_GT(bounded.stats().yields, 0U);
+  EXPECT_EQ(mover.waited(), 1U);
+  EXPECT_EQ(host.held().size(), 400U);
+  ASSERT_TRUE(bounded.remove_endpoint(device, std::nullopt));
+}
+
 TEST(VtdReplay, ARealGuestsInvalidationsOfUnchangedTablesChangeNothing) {
   const VtdSnapshot snapshot{"vtd-snap-1"};
   CountingEvents events;

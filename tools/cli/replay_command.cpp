@@ -13,6 +13,7 @@
 #include "cli/progress.hpp"
 #include "cli/replay_report.hpp"
 #include "replay/engine_target.hpp"
+#include "replay/front_end_target.hpp"
 #include "replay/guest_memory.hpp"
 #include "replay/host.hpp"
 #include "replay/plan.hpp"
@@ -28,6 +29,7 @@ struct Arguments {
   std::string backend = "auto";
   std::string device;
   std::vector<std::string> targets{"engine"};
+  std::vector<std::string> front_ends;
   std::size_t batch_max = 64;
   std::uint64_t events_max = 0;
   std::uint64_t memory_mib_max = 4096;
@@ -69,6 +71,8 @@ Result<std::unique_ptr<replay::ReplayTarget>> open_target(const std::string& nam
     const auto unmap = name == "engine-relaxed" ? UnmapMode::relaxed : UnmapMode::strict;
     return up(replay::EngineTarget::open(host, memory, arguments.batch_max, {unmap, arguments.stats}));
   }
+  if (name == "virtio-iommu" || name == "vtd" || name == "papr")
+    return up(replay::FrontEndTarget::open(name, host, memory, arguments.batch_max));
   const auto unit = name.starts_with("leaf") ? replay::RawUnit::leaf : replay::RawUnit::event;
   const auto map = name.ends_with("-copy") ? replay::RawMap::copy : replay::RawMap::memory;
   return up(replay::RawTarget::open(host, memory, unit, map));
@@ -90,7 +94,8 @@ Result<replay::RunReport> run_one(const LoadedTrace& trace, const std::string& t
   return report;
 }
 
-ExitStatus run_replay(const Arguments& arguments) {
+ExitStatus run_replay(Arguments arguments) {
+  arguments.targets.insert(arguments.targets.end(), arguments.front_ends.begin(), arguments.front_ends.end());
   // All input is read and checked before anything is opened: nothing is left half done.
   std::vector<LoadedTrace> traces;
   for (const std::string& path : arguments.traces) {
@@ -151,10 +156,16 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
                    "engine); leaf (one per "
                    "4 KiB entry); event-copy and leaf-copy (the same sharing pins, iommufd)")
       ->delimiter(',')
-      ->allow_extra_args(false)  // traces may follow
       ->allow_extra_args(false)  // one word, so that a trace may follow it
       ->check(CLI::IsMember({"engine", "engine-relaxed", "event", "leaf", "event-copy", "leaf-copy"}))
       ->capture_default_str();
+  replay
+      ->add_option("--front-end", arguments->front_ends,
+                   "Also replay as a guest's own IOMMU driver would, through these vIOMMU front ends: virtio-iommu "
+                   "(a notification per batch), vtd and papr (one per event)")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->check(CLI::IsMember({"virtio-iommu", "vtd", "papr"}));
   replay->add_option("--batch", arguments->batch_max, "Most events that are submitted together")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();

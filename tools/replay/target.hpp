@@ -37,6 +37,8 @@ class ReplayTarget {
 
   /// What the target's own index says is live: the guest memory offset of a range's start.
   using Visit = std::function<void(IovaRange range, std::uint64_t memory)>;
+  /// Whether one operation's range may be several entries of that index.
+  virtual bool may_split() const noexcept { return false; }
   /// False when it keeps no index.
   virtual bool visit_index(const Visit&) const { return false; }
 };

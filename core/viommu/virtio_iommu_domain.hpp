@@ -1,0 +1,22 @@
+// Inside VirtioIommu: a guest domain.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "viommu/virtio_iommu.hpp"
+
+namespace iovane::viommu {
+
+struct VirtioIommu::Domain {
+  Domain(std::uint32_t number, const DomainConfig& config, bool is_bypass)
+      : id{number}, bypass{is_bypass}, shadow{config} {}
+  std::uint32_t id;
+  bool bypass;
+  bool dirty = false;
+  std::uint32_t users = 0;
+  std::vector<IovaRange> reserved;  // of all its endpoints
+  ShadowDomain shadow;
+};
+
+}  // namespace iovane::viommu
