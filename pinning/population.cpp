@@ -33,6 +33,19 @@ namespace iovane::pinning {
 namespace {
 
 // TBB's workers belong to the whole process: they get our rules on entry and their own mask back on exit.
+// oneTBB opens its library for NUMA with RTLD_DEEPBIND, at which a sanitizer ends the process: no placement under them.
+#if defined(IOVANE_SANITIZED)
+std::vector<tbb::numa_node_id> numa_nodes() { return {tbb::task_arena::automatic}; }
+tbb::task_arena::constraints arena_constraints(tbb::numa_node_id, int threads) {
+  return tbb::task_arena::constraints{}.set_max_concurrency(threads);
+}
+#else
+std::vector<tbb::numa_node_id> numa_nodes() { return tbb::info::numa_nodes(); }
+tbb::task_arena::constraints arena_constraints(tbb::numa_node_id node, int threads) {
+  return tbb::task_arena::constraints{}.set_numa_id(node).set_max_concurrency(threads);
+}
+#endif
+
 class SignalBlocker final : public tbb::task_scheduler_observer {
  public:
   explicit SignalBlocker(tbb::task_arena& arena) : tbb::task_scheduler_observer{arena} { observe(true); }
@@ -55,8 +68,7 @@ class SignalBlocker final : public tbb::task_scheduler_observer {
 };
 
 struct NodeArena {
-  NodeArena(int node, int threads)
-      : arena{tbb::task_arena::constraints{}.set_numa_id(node).set_max_concurrency(threads)}, signals{arena} {}
+  NodeArena(int node, int threads) : arena{arena_constraints(node, threads)}, signals{arena} {}
   tbb::task_arena arena;
   SignalBlocker signals;
   tbb::task_group group;
@@ -138,7 +150,7 @@ Result<std::vector<Hold>> hold_all(MapCache& cache, MemoryRange rest, Access acc
 // Runs work(i) for every piece on its node's threads and waits. Throws std::bad_alloc.
 template <typename Work>
 void spread_over_nodes(const std::vector<MemoryRange>& pieces, unsigned threads, const Work& work) {
-  const std::vector<tbb::numa_node_id> nodes = tbb::info::numa_nodes();
+  const std::vector<tbb::numa_node_id> nodes = numa_nodes();
   std::vector<std::unique_ptr<NodeArena>> arenas;
   std::vector<std::vector<std::size_t>> shares(nodes.size());
   const auto per_node = static_cast<int>((threads + nodes.size() - 1) / nodes.size());

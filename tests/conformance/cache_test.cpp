@@ -163,16 +163,19 @@ TEST_P(CacheContract, a_replay_over_a_small_pool_makes_no_kernel_call_after_warm
   std::vector<MemoryLease> leases(8);
   for (std::size_t i = 0; i < 64; ++i) acquire(pool.page(i)).release();
   const std::uint64_t before = kernel_->calls();
+  std::uint64_t by_witness = 0;  // driving a real device's registers takes calls, too
   for (int i = 0; i < 20'000; ++i) {
     const auto buffer = draw();
     const auto count = address_space_.acquire_all(MemoryPiece::of(buffer), Access::read_write, leases);
     ASSERT_TRUE(count) << count.error().message();
     if (i % 5000 == 0) {
+      const std::uint64_t so_far = kernel_->calls();
       EXPECT_TRUE(reads(*witness_, leases[0].iova(), buffer.first(std::min<std::size_t>(8, buffer.size()))));
+      by_witness += kernel_->calls() - so_far;
     }
     for (std::size_t l = 0; l < *count; ++l) leases[l].release();
   }
-  EXPECT_EQ(kernel_->calls(), before);
+  EXPECT_EQ(kernel_->calls() - by_witness, before);
   EXPECT_EQ(address_space_.cache_stats().evictions, 0U);
 }
 

@@ -20,7 +20,7 @@ class EngineContract : public Conformance {
  protected:
   void SetUp() override {
     Conformance::SetUp();
-    if (HasFatalFailure()) return;
+    if (HasFatalFailure() || IsSkipped()) return;
     open_engine(LayoutPolicy::engine_managed, *kernel_);
   }
   void TearDown() override {

@@ -28,7 +28,7 @@ class FrontEndContract : public Conformance {
 
   void SetUp() override {
     Conformance::SetUp();
-    if (HasFatalFailure()) return;
+    if (HasFatalFailure() || IsSkipped()) return;
     backend_.reset();
     auto backend = open_backend(*kernel_, {.name = std::string{to_string(GetParam())}, .descriptor = {}});
     ASSERT_TRUE(backend) << backend.error().message();
