@@ -37,4 +37,25 @@ std::string_view to_string(Capability bit) noexcept {
   return "unknown";
 }
 
+namespace {
+
+Error no_dirty_tracking() noexcept {
+  return make_error(Errc::unsupported, Stage::query, "this interface does not track dirty pages");
+}
+
+Error no_page_faults() noexcept {
+  return make_error(Errc::unsupported, Stage::query,
+                    "this interface does not deliver I/O page faults; only iommufd does");
+}
+
+}  // namespace
+
+Result<std::size_t> BackendSpace::read_page_faults(std::span<PageFault>) noexcept { return no_page_faults(); }
+Result<void> BackendSpace::answer_page_fault(std::uint32_t, bool) noexcept { return no_page_faults(); }
+Result<void> BackendSpace::start_dirty_tracking(DirtyHarvest&) { return no_dirty_tracking(); }
+Result<void> BackendSpace::stop_dirty_tracking() { return no_dirty_tracking(); }
+Result<void> BackendSpace::read_dirty(const IovaRange&, std::span<std::uint64_t>) noexcept {
+  return no_dirty_tracking();
+}
+
 }  // namespace iovane::backends

@@ -18,10 +18,14 @@
 #include <string_view>
 #include <vector>
 
+#include "backends/dirty.hpp"
+#include "backends/page_fault.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
 
 namespace iovane::backends {
+
+class SpaprControl;
 
 /// The kernel interface under a backend.
 enum class Interface : std::uint8_t {
@@ -69,6 +73,7 @@ struct SpaceFacts {
   Bytes granule{4096};            ///< smallest unit of IOVA and of memory
   std::uint64_t page_sizes = 0;   ///< bit n: IOPTEs of 2^n bytes are possible; 0 when unknown before an attach
   std::uint64_t entries_max = 0;  ///< live mappings that the kernel accepts; 0: no such limit
+  bool dirty_reads_whole_mappings = false;  ///< read_dirty() may not begin or stop inside a mapping
 };
 
 /// Memory that was registered with a space (or with the backend it belongs to). 0 is "none".
@@ -132,6 +137,10 @@ struct AttachedDevice {
 struct SpaceOptions {
   bool large_iopte = true;      ///< false forces granule-sized IOPTEs where the kernel allows it (measurement)
   bool dirty_tracking = false;  ///< refuse devices that cannot track
+  bool page_faults = false;     ///< devices may wait for pages; refuse those that cannot
+  /// OpKind::copy of less maps the memory afresh, where a measurement found that cheaper; it is then pinned (and
+  /// counted against memlock) a second time for as long as it is mapped. 0: always copy.
+  Bytes copy_from{};
 };
 
 /// How much the kernel still accepts. Numbers are what the host reports now, not a promise.
@@ -177,6 +186,27 @@ class BackendSpace {
   /// has no such call (the engine then checks by itself).
   virtual Result<void> promise(std::span<const IovaRange> ranges) = 0;
   virtual Headroom headroom() noexcept = 0;
+
+  /// Records device writes from now on, in an address space made with SpaceOptions::dirty_tracking; marks of an earlier
+  /// time are forgotten. Until stop_dirty_tracking() unmaps hand what they take away to `harvest`, which outlives that;
+  /// they may allocate, and cost a kernel call more. Not concurrent with execute().
+  virtual Result<void> start_dirty_tracking(DirtyHarvest& harvest);
+  virtual Result<void> stop_dirty_tracking();
+  /// Adds the pages of `range` that were written since they were last read to `bitmap` (bit n: granule n of the range)
+  /// and clears their marks. The range is mapped without holes, and whole mappings where
+  /// SpaceFacts::dirty_reads_whole_mappings says so. On failure marks may be lost: count all of the range as written.
+  virtual Result<void> read_dirty(const IovaRange& range, std::span<std::uint64_t> bitmap) noexcept;
+
+  /// For poll(2): readable while page faults wait to be read. -1 without SpaceOptions::page_faults or before the first
+  /// device. Owned by the space.
+  virtual int page_fault_fd() const noexcept { return -1; }
+  /// Takes up to out.size() page faults, oldest first; never blocks. Not concurrent with attach and detach.
+  virtual Result<std::size_t> read_page_faults(std::span<PageFault> out) noexcept;
+  /// Lets the requests of one cookie go: the device tries again, or gives up. not_found when nobody waits for it.
+  virtual Result<void> answer_page_fault(std::uint32_t cookie, bool retry) noexcept;
+
+  /// Windows, error handling and hand-over to KVM (spapr_tce/spapr_control.hpp); null on other interfaces.
+  virtual SpaprControl* spapr() noexcept { return nullptr; }
 };
 
 /// An open interface.

@@ -53,6 +53,11 @@ class Kernel {
   virtual long ioctl(int fd, unsigned long request, void* argument) noexcept = 0;
   /// ioctl(2) with a number as argument.
   virtual long ioctl_value(int fd, unsigned long request, unsigned long value) noexcept = 0;
+  /// read(2) and write(2), for descriptors that carry events; -ENOSYS where there are none.
+  virtual long read(int, void*, std::size_t) noexcept { return -38; }
+  virtual long write(int, const void*, std::size_t) noexcept { return -38; }
+  /// A descriptor of this process that poll(2) can wait on for `fd`; it lives as long as `fd`.
+  virtual int pollable(int fd) noexcept { return fd; }
   /// mmap(2) of `length` bytes of `fd` at `offset`, shared. Unmap with unmap_memory().
   virtual Result<void*> map_memory(int fd, std::uint64_t offset, std::size_t length, bool writable) noexcept = 0;
   virtual void unmap_memory(void* address, std::size_t length) noexcept = 0;

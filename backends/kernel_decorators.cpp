@@ -12,8 +12,10 @@ namespace {
 
 constexpr std::size_t slot_of(unsigned long request) noexcept { return request & 0xff; }
 
-/// True for calls whose positive answer is a new descriptor.
-constexpr bool returns_descriptor(unsigned long request) noexcept { return request == uapi::vfio::group_get_device_fd; }
+/// True for calls that make a new descriptor, as their answer or in their structure.
+constexpr bool returns_descriptor(unsigned long request) noexcept {
+  return request == uapi::vfio::group_get_device_fd || request == uapi::iommufd::FaultQueueAlloc::request;
+}
 
 }  // namespace
 
@@ -183,6 +185,16 @@ int FailingKernel::open(const char* path, int flags) noexcept {
 int FailingKernel::duplicate(int fd) noexcept {
   if (base::fault_now(base::FaultKind::kernel_call)) return -fault_errno_;
   return inner().duplicate(fd);
+}
+
+long FailingKernel::read(int fd, void* buffer, std::size_t bytes) noexcept {
+  if (base::fault_now(base::FaultKind::kernel_call)) return -fault_errno_;
+  return inner().read(fd, buffer, bytes);
+}
+
+long FailingKernel::write(int fd, const void* buffer, std::size_t bytes) noexcept {
+  if (base::fault_now(base::FaultKind::kernel_call)) return -fault_errno_;
+  return inner().write(fd, buffer, bytes);
 }
 
 long FailingKernel::ioctl(int fd, unsigned long request, void* argument) noexcept {

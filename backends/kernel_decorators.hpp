@@ -31,6 +31,11 @@ class KernelDecorator : public Kernel {
   long ioctl_value(int fd, unsigned long request, unsigned long value) noexcept override {
     return inner_.ioctl_value(fd, request, value);
   }
+  long read(int fd, void* buffer, std::size_t bytes) noexcept override { return inner_.read(fd, buffer, bytes); }
+  long write(int fd, const void* buffer, std::size_t bytes) noexcept override {
+    return inner_.write(fd, buffer, bytes);
+  }
+  int pollable(int fd) noexcept override { return inner_.pollable(fd); }
   Result<void*> map_memory(int fd, std::uint64_t offset, std::size_t length, bool writable) noexcept override {
     return inner_.map_memory(fd, offset, length, writable);
   }
@@ -113,6 +118,8 @@ class FailingKernel final : public KernelDecorator {
   int duplicate(int fd) noexcept override;
   long ioctl(int fd, unsigned long request, void* argument) noexcept override;
   long ioctl_value(int fd, unsigned long request, unsigned long value) noexcept override;
+  long read(int fd, void* buffer, std::size_t bytes) noexcept override;
+  long write(int fd, const void* buffer, std::size_t bytes) noexcept override;
 
   void add(const Rule& rule);
   void clear() noexcept;

@@ -11,10 +11,11 @@ namespace iovane::backends {
 
 /// Which interface, and which descriptor when one was handed in.
 struct BackendChoice {
-  /// "auto", or to_string() of an interface: "iommufd", "type1" (v2), "type1-v1", "compat", "compat-v1".
+  /// "auto", or to_string() of an interface: "iommufd", "type1" (v2), "type1-v1", "compat", "compat-v1",
+  /// "spapr" (v2), "spapr-v1".
   std::string name = "auto";
-  /// /dev/iommu for iommufd and compat, a VFIO container for type1. With it, `auto` is an error: the caller knows what
-  /// he hands in.
+  /// /dev/iommu for iommufd and compat, a VFIO container for type1 and spapr. With it, `auto` is an error: the caller
+  /// knows what he hands in.
   DescriptorSource descriptor{};
 };
 

@@ -18,12 +18,20 @@
 namespace iovane::backends {
 namespace {
 
+constexpr bool on_spapr(Interface interface) noexcept {
+  return interface == Interface::spapr_v1 || interface == Interface::spapr_v2;
+}
+constexpr bool on_container(Interface interface) noexcept {
+  return interface == Interface::type1_v1 || interface == Interface::type1_v2 || on_spapr(interface);
+}
+
 std::string cure_of_open(int os_errno, Interface interface) {
-  const bool iommufd = interface != Interface::type1_v1 && interface != Interface::type1_v2;
+  const bool iommufd = !on_container(interface);
   switch (os_errno) {
     case ENOENT:
     case ENODEV:
     case ENXIO:
+      if (on_spapr(interface)) return "only POWER has it: there, modprobe vfio vfio_iommu_spapr_tce vfio_pci";
       return iommufd ? "modprobe iommufd; a kernel built with CONFIG_IOMMUFD (6.2 or newer)"
                      : "modprobe vfio vfio_iommu_type1; a kernel built with CONFIG_VFIO_CONTAINER";
     case EACCES:
@@ -37,6 +45,7 @@ void ask_interface(Kernel& kernel, InterfaceReport& report) {
   const auto backend = open_backend(kernel, {.name = std::string{to_string(report.interface)}});
   if (!backend) {
     report.reason = backend.error().detail();
+    if (on_spapr(report.interface)) report.cure = cure_of_open(ENODEV, report.interface);
     return;
   }
   const auto space = (*backend)->create_space({});
@@ -69,7 +78,8 @@ void ask_extensions(Kernel& kernel, int fd, InterfaceReport& report) {
        {Extension{vfio::type1_iommu, "TYPE1"}, Extension{vfio::type1_v2_iommu, "TYPE1v2"},
         Extension{vfio::dma_cc_iommu, "DMA_CC"}, Extension{vfio::unmap_all, "UNMAP_ALL"},
         Extension{vfio::update_vaddr, "UPDATE_VADDR"}, Extension{vfio::noiommu_iommu, "NOIOMMU"},
-        Extension{vfio::spapr_tce_iommu, "SPAPR_TCE"}, Extension{vfio::spapr_tce_v2_iommu, "SPAPR_TCE_v2"}})
+        Extension{vfio::spapr_tce_iommu, "SPAPR_TCE"}, Extension{vfio::spapr_tce_v2_iommu, "SPAPR_TCE_v2"},
+        Extension{vfio::eeh, "EEH"}})
     if (kernel.ioctl_value(fd, vfio::check_extension, extension.number) > 0)
       report.extensions.emplace_back(extension.name);
 }
@@ -77,8 +87,7 @@ void ask_extensions(Kernel& kernel, int fd, InterfaceReport& report) {
 InterfaceReport probe_interface(Kernel& kernel, Interface interface) {
   InterfaceReport report;
   report.interface = interface;
-  const bool container = interface == Interface::type1_v1 || interface == Interface::type1_v2;
-  report.path = container ? "/dev/vfio/vfio" : "/dev/iommu";
+  report.path = on_container(interface) ? "/dev/vfio/vfio" : "/dev/iommu";
   const int fd = kernel.open(report.path.c_str(), O_RDWR);
   if (fd < 0) {
     report.present = fd != -ENOENT;
@@ -109,17 +118,19 @@ void require_device(InterfaceReport& report, const std::vector<DeviceReport>& de
 }
 
 std::vector<ParityLine> parity(const std::vector<InterfaceReport>& interfaces) {
-  Capability iommufd = Capability::none, type1 = Capability::none, compat = Capability::none;
+  Capability iommufd = Capability::none, type1 = Capability::none, compat = Capability::none, spapr = Capability::none;
   for (const InterfaceReport& report : interfaces) {
     if (report.interface == Interface::iommufd) iommufd = report.capabilities;
     if (report.interface == Interface::type1_v2) type1 = report.capabilities;
     if (report.interface == Interface::compat_v2) compat = report.capabilities;
+    if (report.interface == Interface::spapr_v2) spapr = report.capabilities;
   }
   std::vector<ParityLine> lines;
   for (std::uint32_t bit = 1; bit <= static_cast<std::uint32_t>(Capability::unmap_all); bit <<= 1U) {
     const auto capability = static_cast<Capability>(bit);
-    if (has(iommufd | type1 | compat, capability))
-      lines.push_back({capability, has(iommufd, capability), has(type1, capability), has(compat, capability)});
+    if (has(iommufd | type1 | compat | spapr, capability))
+      lines.push_back({capability, has(iommufd, capability), has(type1, capability), has(compat, capability),
+                       has(spapr, capability)});
   }
   return lines;
 }
@@ -127,18 +138,48 @@ std::vector<ParityLine> parity(const std::vector<InterfaceReport>& interfaces) {
 void choose(HostReport& report) {
   std::string reasons;
   for (const InterfaceReport& interface : report.interfaces) {
-    const bool candidate = interface.interface == Interface::iommufd || interface.interface == Interface::type1_v2;
+    const bool candidate = interface.interface == Interface::iommufd || interface.interface == Interface::type1_v2 ||
+                           (interface.interface == Interface::spapr_v2 && interface.usable);
     if (!candidate) continue;
     if (interface.usable) {
       report.choice = interface.interface;
       report.why = interface.interface == Interface::iommufd
                        ? "iommufd: usable, and the only interface that pins memory once and maps in parallel"
-                       : fmt::format("type1: usable; iommufd is not: {}", reasons);
+                       : fmt::format("{}: usable; others are not: {}", to_string(interface.interface), reasons);
       return;
     }
     reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", to_string(interface.interface), interface.reason);
   }
   report.why = fmt::format("no kernel interface is usable, only the software IOMMU: {}", reasons);
+}
+
+/// A measurement never makes a probe fail: without one the static order stands.
+void measure(Kernel& kernel, const ProbeOptions& options, HostReport& report) {
+  using Measure = ProbeOptions::Measure;
+  if (options.measure == Measure::never) {
+    report.not_measured = "measuring is off";
+    return;
+  }
+  const bool iommufd_usable = std::any_of(report.interfaces.begin(), report.interfaces.end(),
+                                          [](const auto& i) { return i.interface == Interface::iommufd && i.usable; });
+  if (!iommufd_usable) {
+    report.not_measured = "there is nothing to choose: iommufd is not usable";
+    return;
+  }
+  try {
+    const std::uint64_t key = measurement_key(boot_id(), report);
+    const std::string path = measurement_path(options.measurement_file);
+    if (options.measure != Measure::always) report.measurement = load_measurement(path, key);
+    if (!report.measurement && options.measure == Measure::cached) report.not_measured = "nothing is on file";
+    if (!report.measurement && options.measure != Measure::cached) {
+      report.measurement = measure_interfaces(kernel, report, {}, report.not_measured);
+      if (report.measurement) (void)store_measurement(path, *report.measurement, key);
+    }
+    if (report.measurement) choose_by(*report.measurement, report);
+  } catch (...) {
+    report.measurement.reset();
+    report.not_measured = "no memory to measure";
+  }
 }
 
 }  // namespace
@@ -150,14 +191,15 @@ Result<HostReport> probe_host(Kernel& kernel, const ProbeOptions& options) {
   if (!inventory) return inventory.error();
   report.groups = group_reports(*inventory);
   report.devices = device_reports(*inventory, report.groups);
-  for (const Interface interface :
-       {Interface::iommufd, Interface::type1_v2, Interface::type1_v1, Interface::compat_v2, Interface::compat_v1}) {
+  for (const Interface interface : {Interface::iommufd, Interface::type1_v2, Interface::spapr_v2, Interface::type1_v1,
+                                    Interface::spapr_v1, Interface::compat_v2, Interface::compat_v1}) {
     report.interfaces.push_back(probe_interface(kernel, interface));
     require_device(report.interfaces.back(), report.devices);
   }
   report.memlock = kernel.memlock();
   report.parity = parity(report.interfaces);
   choose(report);
+  measure(kernel, options, report);
   if (options.attach_devices && report.choice) attach_for_facts(kernel, *report.choice, report.devices);
   return report;
 }

@@ -8,6 +8,7 @@
 
 #include "backends/backend.hpp"
 #include "backends/kernel.hpp"
+#include "backends/measure.hpp"
 
 namespace iovane::backends {
 
@@ -40,6 +41,7 @@ struct DeviceReport {
   bool dirty_tracking = false;
 };
 
+/// What the IOMMU cannot tell apart. On POWER, a partitionable endpoint: everything behind one of its bridges.
 struct GroupReport {
   int number = -1;
   std::vector<std::string> devices;  ///< PCI addresses
@@ -52,6 +54,7 @@ struct ParityLine {
   bool iommufd = false;
   bool type1 = false;
   bool compat = false;
+  bool spapr = false;
 };
 
 struct HostReport {
@@ -60,15 +63,26 @@ struct HostReport {
   std::vector<GroupReport> groups;
   std::vector<DeviceReport> devices;  ///< in a group or bound to a VFIO driver; others cannot be candidates
   MemlockUse memlock;
-  std::vector<ParityLine> parity;   ///< capabilities that at least one interface has
-  std::optional<Interface> choice;  ///< nothing: no interface is usable, only the software IOMMU is left
-  std::string why;                  ///< one sentence for people
+  std::vector<ParityLine> parity;          ///< capabilities that at least one interface has
+  std::optional<Interface> choice;         ///< nothing: no interface is usable, only the software IOMMU is left
+  std::string why;                         ///< one sentence for people
+  std::optional<Measurement> measurement;  ///< what `choice` rests on beside the static order, if anything
+  std::string not_measured;                ///< why there is none
 };
 
 struct ProbeOptions {
   /// Attach one idle device per group, to learn its real ranges and page sizes. Opening a device resets it; devices in
   /// use are never touched (the kernel refuses a second user). Without it nothing but device nodes is opened.
   bool attach_devices = true;
+  /// Whether to measure the usable interfaces, see measure.hpp.
+  enum class Measure : std::uint8_t {
+    never,     ///< the static order decides
+    cached,    ///< a measurement that is on file counts; none is made
+    when_new,  ///< one is made when there is none on file for this boot, kernel and set of devices
+    always,
+  };
+  Measure measure = Measure::never;
+  std::string measurement_file{};  ///< empty: as measurement_path() says
 };
 
 /// Control plane; blocks for the system calls it makes. Fails only when the inventory cannot be read: what is missing

@@ -57,6 +57,14 @@ long SystemKernel::ioctl_value(int fd, unsigned long request, unsigned long valu
   return or_negative_errno(static_cast<long>(::ioctl(fd, request, value)));
 }
 
+long SystemKernel::read(int fd, void* buffer, std::size_t bytes) noexcept {
+  return or_negative_errno(static_cast<long>(::read(fd, buffer, bytes)));
+}
+
+long SystemKernel::write(int fd, const void* buffer, std::size_t bytes) noexcept {
+  return or_negative_errno(static_cast<long>(::write(fd, buffer, bytes)));
+}
+
 Result<void*> SystemKernel::map_memory(int fd, std::uint64_t offset, std::size_t length, bool writable) noexcept {
   void* const address = ::mmap(nullptr, length, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd,
                                static_cast<off_t>(offset));

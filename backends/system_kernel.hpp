@@ -19,6 +19,8 @@ class SystemKernel final : public Kernel {
   int duplicate(int fd) noexcept override;
   long ioctl(int fd, unsigned long request, void* argument) noexcept override;
   long ioctl_value(int fd, unsigned long request, unsigned long value) noexcept override;
+  long read(int fd, void* buffer, std::size_t bytes) noexcept override;
+  long write(int fd, const void* buffer, std::size_t bytes) noexcept override;
   Result<void*> map_memory(int fd, std::uint64_t offset, std::size_t length, bool writable) noexcept override;
   void unmap_memory(void* address, std::size_t length) noexcept override;
   Result<std::vector<PciDevice>> pci_devices() override;

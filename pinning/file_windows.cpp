@@ -5,13 +5,21 @@
 namespace iovane::pinning {
 
 Result<MemoryRange> FileWindows::add(int fd, Bytes length) noexcept {
+  auto own = base::UniqueFd::duplicate(fd);
+  if (!own) return own.error();
+  return take(*std::move(own), 0, length);
+}
+
+Result<MemoryRange> FileWindows::add_named(std::uint64_t memory, Bytes length) noexcept {
+  return take({}, memory, length);
+}
+
+Result<MemoryRange> FileWindows::take(base::UniqueFd fd, std::uint64_t memory, Bytes length) noexcept {
   const std::uint64_t units = length.value / unit_bytes + (length.value % unit_bytes != 0 ? 1 : 0);
   if (length.value == 0 || length.value % granule_bytes != 0)
     return base::fail(Errc::invalid_argument, Stage::validate, 0,
-                      "a file of {} bytes cannot be registered: expected a non-zero multiple of {}", length.value,
+                      "memory of {} bytes cannot be registered: expected a non-zero multiple of {}", length.value,
                       granule_bytes);
-  auto own = base::UniqueFd::duplicate(fd);
-  if (!own) return own.error();
   const std::lock_guard held{lock_};
   std::size_t run = 0;
   for (std::size_t i = 0; i < units_max; ++i) {
@@ -22,13 +30,14 @@ Result<MemoryRange> FileWindows::add(int fd, Bytes length) noexcept {
       units_[u].used = true;
       units_[u].first_unit = static_cast<std::uint32_t>(first);
     }
-    units_[first].fd = *std::move(own);
+    units_[first].fd = std::move(fd);
+    units_[first].memory = memory;
     units_[first].length = length.value;
     const std::uint64_t start = file_key_first + first * unit_bytes;
     return MemoryRange{start, start + length.value - 1};
   }
   return base::fail(Errc::limit_reached, Stage::validate, 0,
-                    "no window for a file of {} bytes: {} units of 512 GiB are all there is", length.value, units_max);
+                    "no window for memory of {} bytes: {} units of 512 GiB are all there is", length.value, units_max);
 }
 
 bool FileWindows::remove(const MemoryRange& window) noexcept {
@@ -52,7 +61,7 @@ std::optional<FileWindows::Place> FileWindows::find(std::uint64_t key) const noe
   const std::uint64_t start = file_key_first + first * unit_bytes;
   const std::uint64_t offset = key - start;
   if (offset >= units_[first].length) return std::nullopt;
-  return Place{units_[first].fd.get(), offset, start + units_[first].length - 1};
+  return Place{units_[first].fd.get(), offset, start + units_[first].length - 1, units_[first].memory};
 }
 
 }  // namespace iovane::pinning

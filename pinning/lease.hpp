@@ -95,6 +95,14 @@ class Lease {
   /// A counted hold on the same bytes, in addition to this lease. Precondition: not empty.
   Hold hold() const noexcept;
 
+  /// Hands the lease over as its bare guard word: whoever stores 0 there with release order, on this thread, ends it.
+  /// Null when it is counted: then it stays as it is (take a hold() instead).
+  std::atomic<GuardWord>* detach() noexcept {
+    if (word_ == nullptr) return nullptr;
+    index_ = nullptr;
+    return std::exchange(word_, nullptr);
+  }
+
   void drop() noexcept {
     if (index_ == nullptr) return;
     base::yield_point("pin.drop");

@@ -107,7 +107,11 @@ class MapCache final : public Evictor, public StalenessListener {
 
   /// Registers a file; its memory is then asked for by keys: window.start + offset. See FileWindows.
   Result<MemoryRange> add_file(int fd, Bytes length) noexcept;
-  /// Invalidates the window and forgets the file.
+  /// The same for memory that the provider knows by a name other than 0 (PinRequest::memory).
+  Result<MemoryRange> add_named(std::uint64_t memory, Bytes length) noexcept {
+    return files_.add_named(memory, length);
+  }
+  /// Invalidates the window and forgets the file or the name.
   Result<void> remove_file(const MemoryRange& window) noexcept;
 
   /// The memory changed (or is about to): nothing in this range is served again from what is pinned now. Regions in

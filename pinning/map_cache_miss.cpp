@@ -58,6 +58,14 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
     idle = batch.published != 0 ? 0 : idle + 1;
     if (done) continue;
     const Errc code = done.error().code;
+    // The provider's limits can be tighter than ours: others in this process and of this user pin as well, and others
+    // map in the same address space. Unused pins go first, then the margin.
+    const bool providers_limit =
+        ((code == Errc::memlock_exceeded || code == Errc::entry_limit) && done.error().os_errno != 0) ||
+        code == Errc::iova_exhausted || code == Errc::limit_reached;
+    if (providers_limit &&
+        make_room(batch.wanted.length().value, any_node, BudgetRefusal::Limit::process, batch.wanted, unpins_seen))
+      continue;
     if (batch.with_margin && code != Errc::closed) {
       // Perhaps only the neighbourhood is at fault: memory that is not there, or a budget that is all but used up.
       batch.with_margin = false;
@@ -66,10 +74,6 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
     // Watching made the memory present; when the pin did not find it there, somebody discarded it in between, and its
     // event had been worked off before this round began. Memory that cannot be pinned at all fails every time.
     if (code == Errc::bad_memory && watcher_ != nullptr && batch.error && ++refused < refusals_max) continue;
-    // The kernel's limit can be tighter than ours: others in this process and of this user pin as well.
-    if ((code == Errc::memlock_exceeded || code == Errc::entry_limit) && done.error().os_errno != 0 &&
-        make_room(batch.wanted.length().value, any_node, BudgetRefusal::Limit::process, batch.wanted, unpins_seen))
-      continue;
     return done;
   }
   return base::fail(
@@ -161,6 +165,7 @@ PinRequest MapCache::request_for(const MemoryRange& range, Access access) const 
   if (const auto place = files_.find(range.start)) {
     request.fd = place->fd;
     request.offset = place->offset;
+    request.memory = place->memory;
   }
   return request;
 }

@@ -33,6 +33,19 @@ namespace iovane::pinning {
 namespace {
 
 // TBB's workers belong to the whole process: they get our rules on entry and their own mask back on exit.
+// oneTBB opens its library for NUMA with RTLD_DEEPBIND, at which a sanitizer ends the process: no placement under them.
+#if defined(IOVANE_SANITIZED)
+std::vector<tbb::numa_node_id> numa_nodes() { return {tbb::task_arena::automatic}; }
+tbb::task_arena::constraints arena_constraints(tbb::numa_node_id, int threads) {
+  return tbb::task_arena::constraints{}.set_max_concurrency(threads);
+}
+#else
+std::vector<tbb::numa_node_id> numa_nodes() { return tbb::info::numa_nodes(); }
+tbb::task_arena::constraints arena_constraints(tbb::numa_node_id node, int threads) {
+  return tbb::task_arena::constraints{}.set_numa_id(node).set_max_concurrency(threads);
+}
+#endif
+
 class SignalBlocker final : public tbb::task_scheduler_observer {
  public:
   explicit SignalBlocker(tbb::task_arena& arena) : tbb::task_scheduler_observer{arena} { observe(true); }
@@ -55,8 +68,7 @@ class SignalBlocker final : public tbb::task_scheduler_observer {
 };
 
 struct NodeArena {
-  NodeArena(int node, int threads)
-      : arena{tbb::task_arena::constraints{}.set_numa_id(node).set_max_concurrency(threads)}, signals{arena} {}
+  NodeArena(int node, int threads) : arena{arena_constraints(node, threads)}, signals{arena} {}
   tbb::task_arena arena;
   SignalBlocker signals;
   tbb::task_group group;
@@ -135,6 +147,32 @@ Result<std::vector<Hold>> hold_all(MapCache& cache, MemoryRange rest, Access acc
   }
 }
 
+// Runs work(i) for every piece on its node's threads and waits. Throws std::bad_alloc.
+template <typename Work>
+void spread_over_nodes(const std::vector<MemoryRange>& pieces, unsigned threads, const Work& work) {
+  const std::vector<tbb::numa_node_id> nodes = numa_nodes();
+  std::vector<std::unique_ptr<NodeArena>> arenas;
+  std::vector<std::vector<std::size_t>> shares(nodes.size());
+  const auto per_node = static_cast<int>((threads + nodes.size() - 1) / nodes.size());
+  for (const auto node : nodes) arenas.push_back(std::make_unique<NodeArena>(node, per_node));
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    std::size_t share = i * nodes.size() / pieces.size();
+    if (const auto bound = bound_node(pieces[i]))
+      for (std::size_t n = 0; n < nodes.size(); ++n)
+        if (nodes[n] == *bound) share = n;
+    shares[share].push_back(i);
+  }
+  for (std::size_t n = 0; n < arenas.size(); ++n)
+    arenas[n]->arena.execute([&, n] {
+      for (const std::size_t i : shares[n]) arenas[n]->group.run([&work, i] { work(i); });
+    });
+  for (auto& a : arenas) a->arena.execute([&] { a->group.wait(); });
+}
+
+unsigned thread_count(const PopulationConfig& config) noexcept {
+  return config.threads != 0 ? config.threads : std::max(1U, std::thread::hardware_concurrency());
+}
+
 }  // namespace
 
 Result<void> make_present(const MemoryRange& range, Access access, int fd, std::uint64_t offset) noexcept {
@@ -173,7 +211,7 @@ Result<Registration> Population::register_memory(MapCache& cache, const MemoryRa
                       "right to read or write",
                       range.start, range.last);
   const ProviderTraits& traits = cache.provider().traits();
-  const unsigned threads = config.threads != 0 ? config.threads : std::max(1U, std::thread::hardware_concurrency());
+  const unsigned threads = thread_count(config);
   const MemoryRange whole = range.grown_to(traits.granule.value);
   try {
     const std::vector<MemoryRange> pieces = cut_for_population(whole, config.os_page, traits.border, threads);
@@ -200,23 +238,7 @@ Result<Registration> Population::register_memory(MapCache& cache, const MemoryRa
     if (threads == 1 || pieces.size() == 1) {
       for (std::size_t i = 0; i < pieces.size(); ++i) populate(i, true);
     } else {
-      const std::vector<tbb::numa_node_id> nodes = tbb::info::numa_nodes();
-      std::vector<std::unique_ptr<NodeArena>> arenas;
-      std::vector<std::vector<std::size_t>> shares(nodes.size());
-      const auto per_node = static_cast<int>((threads + nodes.size() - 1) / nodes.size());
-      for (const auto node : nodes) arenas.push_back(std::make_unique<NodeArena>(node, per_node));
-      for (std::size_t i = 0; i < pieces.size(); ++i) {
-        std::size_t share = i * nodes.size() / pieces.size();
-        if (const auto bound = bound_node(pieces[i]))
-          for (std::size_t n = 0; n < nodes.size(); ++n)
-            if (nodes[n] == *bound) share = n;
-        shares[share].push_back(i);
-      }
-      for (std::size_t n = 0; n < arenas.size(); ++n)
-        arenas[n]->arena.execute([&, n] {
-          for (const std::size_t i : shares[n]) arenas[n]->group.run([&, i] { populate(i, traits.parallel); });
-        });
-      for (auto& a : arenas) a->arena.execute([&] { a->group.wait(); });
+      spread_over_nodes(pieces, threads, [&](std::size_t i) { populate(i, traits.parallel); });
       // A provider that pins one at a time anyway is asked in order, by one thread, once the memory is there.
       if (!traits.parallel)
         for (std::size_t i = 0; i < pieces.size() && !progress.stopped(); ++i) {
@@ -236,6 +258,30 @@ Result<Registration> Population::register_memory(MapCache& cache, const MemoryRa
   } catch (const std::bad_alloc&) {
     return base::fail(Errc::out_of_memory, Stage::pin, ENOMEM, "no memory for the list of pieces of {} bytes",
                       whole.length().value);
+  }
+}
+
+Result<void> Population::prefault(const MemoryRange& range, int fd, std::uint64_t offset, Bytes border,
+                                  const PopulationConfig& config) {
+  const unsigned threads = thread_count(config);
+  try {
+    const std::vector<MemoryRange> pieces = cut_for_population(range, config.os_page, border, threads);
+    Progress progress{config, range.length()};
+    const auto populate = [&](std::size_t i) {
+      if (progress.stopped()) return;
+      const std::uint64_t at = offset + (pieces[i].start - range.start);
+      if (auto done = make_present(pieces[i], config.access, fd, at); !done) return progress.fail(done.error());
+      progress.add(pieces[i].length().value);
+    };
+    if (threads == 1 || pieces.size() == 1)
+      for (std::size_t i = 0; i < pieces.size(); ++i) populate(i);
+    else
+      spread_over_nodes(pieces, threads, populate);
+    if (const Error error = progress.result()) return error;
+    return {};
+  } catch (const std::bad_alloc&) {
+    return base::fail(Errc::out_of_memory, Stage::pin, ENOMEM, "no memory for the list of pieces of {} bytes",
+                      range.length().value);
   }
 }
 

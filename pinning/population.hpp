@@ -57,6 +57,10 @@ class Population {
   /// been pinned is then ordinary unused cache content.
   static Result<Registration> register_memory(MapCache& cache, const MemoryRange& range,
                                               const PopulationConfig& config);
+  /// Only makes the memory present, in the same way, for whoever pins it next. `fd` >= 0: of a file from `offset` on,
+  /// and `range` says no more than the length. Errors: cancelled, bad_memory, unsupported.
+  static Result<void> prefault(const MemoryRange& range, int fd, std::uint64_t offset, Bytes border,
+                               const PopulationConfig& config);
 };
 
 /// Makes [range] present without pinning: MADV_POPULATE_WRITE (or _READ without the right to write), for a file

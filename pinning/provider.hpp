@@ -28,13 +28,14 @@ struct ProviderTraits {
   bool files = false;
 };
 
-/// One range to pin. For memory of this process `fd` is -1 and range.start its address; for a file, `fd` and
-/// `offset` say where range.start lies.
+/// One range to pin. For memory of this process `fd` is -1, `memory` 0, and range.start its address; for a file, `fd`
+/// and `offset` say where range.start lies; for memory that the provider knows by a name, `memory` and `offset` do.
 struct PinRequest {
   MemoryRange range;
   Access access = Access::read_write;
   int fd = -1;
   std::uint64_t offset = 0;
+  std::uint64_t memory = 0;
 };
 
 struct PinOutcome {

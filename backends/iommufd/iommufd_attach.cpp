@@ -53,28 +53,47 @@ int IommufdSpace::attach_page_table(const BoundDevice& device, std::uint32_t obj
 }
 
 Result<void> IommufdSpace::connect(const BoundDevice& device) {
-  if (options_.dirty_tracking) return connect_tracking(device);
+  if (options_.dirty_tracking || options_.page_faults) return connect_own_table(device);
   const int why = attach_page_table(device, ioas_);
   if (why == 0) return {};
   return attach_error(why, device);
 }
 
-Result<void> IommufdSpace::connect_tracking(const BoundDevice& device) {
-  if ((device.hardware.capabilities & uapi::hw_cap_dirty_tracking) == 0)
+Result<void> IommufdSpace::connect_own_table(const BoundDevice& device) {
+  if (options_.dirty_tracking && (device.hardware.capabilities & uapi::hw_cap_dirty_tracking) == 0)
     return base::fail(Errc::unsupported, Stage::attach, 0,
                       "{} cannot be attached: its IOMMU does not track dirty pages, and this space promises to",
                       device.name);
-  tracking_tables_.reserve(tracking_tables_.size() + 1);
-  for (const std::uint32_t table : tracking_tables_)
+  own_tables_.reserve(own_tables_.size() + 1);
+  for (const std::uint32_t table : own_tables_)
     if (attach_page_table(device, table) == 0) return {};
-  uapi::HwptAlloc alloc{.flags = uapi::hwpt_alloc_dirty_tracking, .dev_id = device.object, .pt_id = ioas_};
-  if (const int why = call(shared_.kernel(), shared_.fd(), alloc); why != 0) return attach_error(why, device);
-  if (const int why = attach_page_table(device, alloc.out_hwpt_id); why != 0) {
-    destroy(shared_.kernel(), shared_.fd(), alloc.out_hwpt_id);
-    return attach_error(why, device);
+  uapi::HwptAlloc alloc{
+      .flags = options_.dirty_tracking ? uapi::hwpt_alloc_dirty_tracking : 0, .dev_id = device.object, .pt_id = ioas_};
+  if (options_.page_faults) {
+    if (const auto opened = open_fault_queue(); !opened) return opened;
+    alloc.flags |= uapi::hwpt_fault_id_valid;
+    alloc.fault_id = fault_queue_;
   }
-  tracking_tables_.push_back(alloc.out_hwpt_id);
+  if (const int why = call(shared_.kernel(), shared_.fd(), alloc); why != 0) return table_error(why, device);
+  // Tracking is on before the device can write through the table.
+  int why = harvest_ != nullptr ? set_tracking(alloc.out_hwpt_id, true) : 0;
+  if (why == 0) why = attach_page_table(device, alloc.out_hwpt_id);
+  if (why != 0) {
+    destroy(shared_.kernel(), shared_.fd(), alloc.out_hwpt_id);
+    return table_error(why, device);
+  }
+  own_tables_.push_back(alloc.out_hwpt_id);
   return {};
+}
+
+Error IommufdSpace::table_error(int os_errno, const BoundDevice& device) const noexcept {
+  const bool refused = os_errno == EOPNOTSUPP || os_errno == EINVAL || os_errno == ENODEV;
+  if (!options_.page_faults || !refused) return attach_error(os_errno, device);
+  return base::fail(
+      Errc::unsupported, Stage::attach, os_errno,
+      "{} cannot be attached: this space delivers I/O page faults, and the device, its IOMMU or this kernel "
+      "cannot (it needs PRI or stall, and Linux 6.13 for tables that do not nest)",
+      device.name);
 }
 
 AttachedDevice IommufdSpace::describe(const BoundDevice& device) const {

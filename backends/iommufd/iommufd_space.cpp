@@ -40,7 +40,8 @@ IommufdSpace::~IommufdSpace() {
     shared_.unbind(devices_.back());
     devices_.pop_back();
   }
-  for (const std::uint32_t table : tracking_tables_) destroy(shared_.kernel(), shared_.fd(), table);
+  for (const std::uint32_t table : own_tables_) destroy(shared_.kernel(), shared_.fd(), table);
+  close_fault_queue();
   destroy(shared_.kernel(), shared_.fd(), ioas_);
   for (const StagedMemory* staged : regions_)
     if (staged != nullptr) shared_.staging().drop(staged);
@@ -53,7 +54,7 @@ void IommufdSpace::execute(std::span<const BackendOp> ops, std::span<BackendOpRe
 BackendOpResult IommufdSpace::run(const BackendOp& op) noexcept {
   switch (op.kind) {
     case OpKind::map: return map(op);
-    case OpKind::copy: return copy(op);
+    case OpKind::copy: return op.range.length() < options_.copy_from ? copy_or_map(op) : copy(op);
     case OpKind::unmap: return unmap(op.range);
     case OpKind::replace: break;
   }
@@ -123,11 +124,20 @@ BackendOpResult IommufdSpace::copy(const BackendOp& op) noexcept {
   return {map_error("IOAS_COPY", why, op, op.memory), {}};
 }
 
+// For lengths below SpaceOptions::copy_from.
+BackendOpResult IommufdSpace::copy_or_map(const BackendOp& op) noexcept {
+  const BackendOpResult mapped = map(op);
+  // What a second pin meets (memlock, memory that its owner took away) a copy need not.
+  return mapped.error && mapped.error.code != Errc::iova_busy ? copy(op) : mapped;
+}
+
 BackendOpResult IommufdSpace::unmap(IovaRange range) noexcept {
   if (range == IovaRange::everything()) {
     const auto gone = unmap_all();
     return {gone.error(), gone.value_or(Bytes{})};
   }
+  if (harvest_ != nullptr) [[unlikely]]
+    harvest(range);
   uapi::IoasUnmap unmap{.ioas_id = ioas_, .iova = range.start.value, .length = range.length().value};
   const int why = call(shared_.kernel(), shared_.fd(), unmap);
   if (why == 0) [[likely]]
@@ -147,6 +157,7 @@ BackendOpResult IommufdSpace::unmap(IovaRange range) noexcept {
 }
 
 Result<Bytes> IommufdSpace::unmap_all() noexcept {
+  if (harvest_ != nullptr) harvest(IovaRange::everything());
   uapi::IoasUnmap unmap{.ioas_id = ioas_, .iova = 0, .length = iova_max.value};
   const int why = call(shared_.kernel(), shared_.fd(), unmap);
   if (why == 0) return Bytes{unmap.length};

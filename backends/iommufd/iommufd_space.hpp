@@ -1,6 +1,7 @@
 // One IOAS behind the seam, and the state that the spaces of one descriptor share.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -10,6 +11,7 @@
 #include "backends/iommufd/ioas_calls.hpp"
 #include "backends/iommufd/staging.hpp"
 #include "backends/kernel_call.hpp"
+#include "backends/uapi/iommufd.hpp"
 
 namespace iovane::backends::iommufd {
 
@@ -75,6 +77,13 @@ class IommufdSpace final : public BackendSpace {
   Result<std::vector<IovaRange>> usable_ranges() override;
   Result<void> promise(std::span<const IovaRange> ranges) override;
   Headroom headroom() noexcept override;
+  Result<void> start_dirty_tracking(DirtyHarvest& harvest) override;
+  Result<void> stop_dirty_tracking() override;
+  Result<void> read_dirty(const IovaRange& range, std::span<std::uint64_t> bitmap) noexcept override;
+
+  int page_fault_fd() const noexcept override;
+  Result<std::size_t> read_page_faults(std::span<PageFault> out) noexcept override;
+  Result<void> answer_page_fault(std::uint32_t cookie, bool retry) noexcept override;
 
   /// Takes an attached device over from another space of the same descriptor; translation goes from one to the other
   /// without a gap. Both spaces are unchanged on failure.
@@ -85,12 +94,22 @@ class IommufdSpace final : public BackendSpace {
   BackendOpResult run(const BackendOp& op) noexcept;
   BackendOpResult map(const BackendOp& op) noexcept;
   BackendOpResult copy(const BackendOp& op) noexcept;
+  BackendOpResult copy_or_map(const BackendOp& op) noexcept;
   BackendOpResult unmap(IovaRange range) noexcept;
+  // iommufd_faults.cpp.
+  Result<void> open_fault_queue() noexcept;
+  void close_fault_queue() noexcept;
+  // iommufd_dirty.cpp.
+  int set_tracking(std::uint32_t table, bool on) noexcept;
+  int read_tables(const IovaRange& range, bool clear, std::span<std::uint64_t> bitmap) noexcept;
+  void harvest(const IovaRange& range) noexcept;
   const StagedMemory* region_of(const BackendOp& op) const noexcept;
   Error map_error(const char* name, int os_errno, const BackendOp& op, std::uint64_t memory) noexcept;
-  /// Points the device at this space: its IOAS, or an I/O page table of it that tracks dirty pages.
+  /// Points the device at this space: its IOAS, or an I/O page table of it that tracks dirty pages or
+  /// reports page faults.
   Result<void> connect(const BoundDevice& device);
-  Result<void> connect_tracking(const BoundDevice& device);
+  Result<void> connect_own_table(const BoundDevice& device);
+  Error table_error(int os_errno, const BoundDevice& device) const noexcept;
   int attach_page_table(const BoundDevice& device, std::uint32_t object) noexcept;
   AttachedDevice describe(const BoundDevice& device) const;
   void devices_changed() noexcept;
@@ -100,7 +119,13 @@ class IommufdSpace final : public BackendSpace {
   SpaceOptions options_;
   SpaceFacts facts_;
   std::vector<BoundDevice> devices_;
-  std::vector<std::uint32_t> tracking_tables_;
+  std::vector<std::uint32_t> own_tables_;
+  std::uint32_t fault_queue_ = 0;  // its id on the descriptor; 0: none
+  KernelFd fault_fd_;
+  std::array<uapi::iommufd::PageFault, 64> faults_;  // read from the kernel, and not handed out yet
+  std::size_t fault_next_ = 0;
+  std::size_t fault_count_ = 0;
+  DirtyHarvest* harvest_ = nullptr;  // not null: tracking is on
   // Index = RegionId - 1; null where a region was unregistered. Read by execute(), written by the control plane only.
   std::vector<const StagedMemory*> regions_;
   std::uint32_t staging_ioas_ = 0;

@@ -71,8 +71,8 @@ void Staging::drop(const StagedMemory* staged) noexcept {
   for (auto at = registrations_.begin(); at != registrations_.end(); ++at) {
     if (&*at != staged) continue;
     if (--at->references != 0) return;
-    unmap(at->staged);
-    used_.erase(at->staged.start.value);
+    // What the kernel fails to unmap stays pinned until the descriptor closes, and its room is never used again.
+    if (unmap(at->staged) == 0) used_.erase(at->staged.start.value);
     registrations_.erase(at);
     return;
   }
@@ -195,9 +195,9 @@ int Staging::map_chunk(const StagedMemory& staged, IovaRange chunk) noexcept {
   return call(kernel_, fd_, map);
 }
 
-void Staging::unmap(IovaRange range) noexcept {
+int Staging::unmap(IovaRange range) noexcept {
   uapi::IoasUnmap unmap{.ioas_id = ioas_, .iova = range.start.value, .length = range.length().value};
-  call(kernel_, fd_, unmap);
+  return call(kernel_, fd_, unmap);
 }
 
 }  // namespace iovane::backends::iommufd

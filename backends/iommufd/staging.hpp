@@ -55,7 +55,7 @@ class Staging {
   Result<IovaRange> find_room(const MemoryRange& memory);
   Result<void> map_chunks(StagedMemory& staged);
   int map_chunk(const StagedMemory& staged, IovaRange chunk) noexcept;
-  void unmap(IovaRange range) noexcept;
+  int unmap(IovaRange range) noexcept;
 
   Kernel& kernel_;
   int fd_;

@@ -1,6 +1,7 @@
 #include "backends/model/domain.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "backends/model/simulated_device.hpp"
 
@@ -11,12 +12,17 @@ unsigned levels_for(unsigned address_bits) noexcept {
 }
 }  // namespace
 
-Domain::Domain(const IommuOptions& iommu) noexcept
-    : iommu_{iommu}, table_{levels_for(iommu.address_bits), iommu.page_sizes} {}
+Domain::Domain(const IommuOptions& iommu, std::shared_ptr<FaultQueue> faults) noexcept
+    : iommu_{iommu}, faults_{std::move(faults)}, table_{levels_for(iommu.address_bits), iommu.page_sizes} {}
+
+Domain::Domain(const IommuOptions& iommu, const TceWindows& windows) noexcept : Domain(iommu) { windows_ = &windows; }
 
 Domain::~Domain() = default;
 
-IovaRange Domain::aperture() const noexcept { return {Iova{0}, Iova{(std::uint64_t{1} << iommu_.address_bits) - 1}}; }
+IovaRange Domain::aperture() const noexcept {
+  if (windows_ != nullptr) return IovaRange::everything();
+  return {Iova{0}, Iova{(std::uint64_t{1} << iommu_.address_bits) - 1}};
+}
 
 std::int64_t Domain::unmap(IovaRange range) noexcept {
   const std::int64_t bytes = table_.unmap(range);

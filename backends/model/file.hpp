@@ -28,6 +28,10 @@ class File {
   /// Bytes of a region that can be mapped at `offset`; nullptr when there are none. The memory lives as long as the
   /// host.
   virtual void* mappable(std::uint64_t offset, std::size_t length) noexcept;
+  /// read(2), write(2), and what poll(2) may wait on. Most files have none of them.
+  virtual long read(void*, std::size_t) noexcept { return -22; }
+  virtual long write(const void*, std::size_t) noexcept { return -22; }
+  virtual int pollable() const noexcept { return -1; }
   /// The last reference is gone: undo everything. The object may be reused afterwards.
   virtual void release() noexcept = 0;
 

@@ -15,6 +15,7 @@
 #include "backends/model/injection.hpp"
 #include "backends/model/options.hpp"
 #include "backends/model/simulated_device.hpp"
+#include "backends/model/spapr_memory.hpp"
 
 namespace iovane::backends::model {
 
@@ -49,6 +50,7 @@ struct Host {
   const ModelOptions options;
   Accounting accounting;
   HostMemory memory;
+  SpaprMemory spapr_memory;
   Injection injection;
   std::vector<std::unique_ptr<SimulatedDevice>> devices;
   struct alignas(os_page_bytes) OsPage {

@@ -42,6 +42,7 @@ long IommufdFile::ioctl(unsigned long request, std::uint64_t argument) noexcept 
     case uapi_fd::VfioIoas::request: return vfio_ioas(argument);
     case uapi_fd::HwptAlloc::request: return hwpt_alloc(argument);
     case uapi_fd::HwInfo::request: return hw_info(argument);
+    case uapi_fd::FaultQueueAlloc::request: return fault_queue_alloc(argument);
     case uapi_fd::HwptSetDirtyTracking::request: return set_dirty_tracking(argument);
     case uapi_fd::HwptGetDirtyBitmap::request: return get_dirty_bitmap(argument);
     default: return compat(request, argument);
@@ -55,6 +56,7 @@ void IommufdFile::release() noexcept {
     const std::uint32_t id = it->first;
     ++it;
     if (find<Hwpt>(id) != nullptr) destroy_hwpt(*find<Hwpt>(id));
+    if (find<Faults>(id) != nullptr) objects_.erase(id);
   }
   while (!objects_.empty()) destroy_ioas(*find<IoasObject>(objects_.begin()->first));
   // relaxed: the file is not reachable any more.
@@ -152,6 +154,13 @@ int IommufdFile::destroy_locked(std::uint32_t id) noexcept {
       auto& hwpt = static_cast<Hwpt&>(*it->second);
       if (hwpt.devices > 0 || hwpt.automatic) return -EBUSY;
       destroy_hwpt(hwpt);
+      return 0;
+    }
+    case Kind::faults: {
+      const auto& faults = static_cast<const Faults&>(*it->second);
+      // Its descriptor and page tables that use it hold it.
+      if (faults.queue->is_open() || faults.queue.use_count() > 1) return -EBUSY;
+      objects_.erase(it);
       return 0;
     }
     case Kind::device: return -EBUSY;  // held by the VFIO device until that is closed

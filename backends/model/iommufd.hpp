@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "backends/model/argument.hpp"
+#include "backends/model/fault_queue.hpp"
 #include "backends/model/file.hpp"
 #include "backends/model/host.hpp"
 #include "backends/model/ioas.hpp"
@@ -44,7 +45,7 @@ class IommufdFile final : public File {
   void add_usage(SpaceUsage& usage, std::size_t& areas, std::size_t& objects) const;
 
  private:
-  enum class Kind : std::uint8_t { ioas, hwpt, device };
+  enum class Kind : std::uint8_t { ioas, hwpt, device, faults };
   struct Object {
     Kind kind;
     std::uint32_t id = 0;
@@ -60,14 +61,19 @@ class IommufdFile final : public File {
   };
   struct Hwpt final : Object {
     static constexpr Kind kind_of = Kind::hwpt;
-    Hwpt(IoasObject& o, const SimulatedDevice& like) noexcept
-        : Object{Kind::hwpt}, ioas{o}, domain{like.iommu()}, iommu{like.options().iommu} {}
+    Hwpt(IoasObject& o, const SimulatedDevice& like, std::shared_ptr<FaultQueue> queue) noexcept
+        : Object{Kind::hwpt}, ioas{o}, domain{like.iommu(), std::move(queue)}, iommu{like.options().iommu} {}
     IoasObject& ioas;
     Domain domain;
     bool automatic = false;       // made by attaching to an IOAS; goes with its last device
     bool dirty_enforced = false;  // only devices that can track
     unsigned devices = 0;
     std::size_t iommu;  // only devices behind this unit
+  };
+  struct Faults final : Object {
+    static constexpr Kind kind_of = Kind::faults;
+    explicit Faults(std::shared_ptr<FaultQueue> q) noexcept : Object{Kind::faults}, queue{std::move(q)} {}
+    std::shared_ptr<FaultQueue> queue;  // shared with its descriptor and with page tables
   };
   struct BoundDevice final : Object {
     static constexpr Kind kind_of = Kind::device;
@@ -99,6 +105,7 @@ class IommufdFile final : public File {
   // iommufd_hwpt.cpp.
   long hwpt_alloc(std::uint64_t argument) noexcept;
   long hw_info(std::uint64_t argument) noexcept;
+  long fault_queue_alloc(std::uint64_t argument) noexcept;
   long set_dirty_tracking(std::uint64_t argument) noexcept;
   long get_dirty_bitmap(std::uint64_t argument) noexcept;
   // iommufd_compat.cpp.
@@ -118,7 +125,7 @@ class IommufdFile final : public File {
   long new_ioas() noexcept;
   int destroy_locked(std::uint32_t id) noexcept;
   void destroy_ioas(IoasObject& ioas) noexcept;
-  Hwpt* new_hwpt(IoasObject& ioas, const BoundDevice& device) noexcept;
+  Hwpt* new_hwpt(IoasObject& ioas, const BoundDevice& device, std::shared_ptr<FaultQueue> queue = nullptr) noexcept;
   int attach_to_ioas(BoundDevice& device, IoasObject& ioas) noexcept;
   int change_to(BoundDevice& device, Hwpt& hwpt) noexcept;
   void destroy_hwpt(Hwpt& hwpt) noexcept;

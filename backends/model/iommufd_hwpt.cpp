@@ -120,6 +120,7 @@ int IommufdFile::attach_to(BoundDevice& device, Hwpt& hwpt) noexcept {
     ioas.unreserve(&device);
     return -EINVAL;
   }
+  device.device.set_request_id(device.id);
   if (others == nullptr) {
     try {
       const std::lock_guard owner{ioas.mutex()};
@@ -165,6 +166,8 @@ int IommufdFile::replace(BoundDevice& device, Hwpt& hwpt) noexcept {
     const std::lock_guard owner{old.ioas.ioas.mutex()};
     for (SimulatedDevice* moved : device.group.devices) old.domain.forget(*moved);
   }
+  if (old.domain.faults() != nullptr && old.domain.faults() != hwpt.domain.faults())
+    for_attached(device.group, [&](BoundDevice& member) { old.domain.faults()->drop(member.id); });
   unsigned moved = 0;
   for_attached(device.group, [&](BoundDevice& member) {
     if (other_ioas) old.ioas.ioas.unreserve(&member);
@@ -184,6 +187,7 @@ void IommufdFile::detach_from(BoundDevice& device) noexcept {
     const std::lock_guard owner{hwpt.ioas.ioas.mutex()};
     device.group.leave(hwpt.domain);
   }
+  if (hwpt.domain.faults() != nullptr) hwpt.domain.faults()->drop(device.id);
   hwpt.ioas.ioas.unreserve(&device);
   if (--hwpt.devices == 0 && hwpt.automatic) destroy_hwpt(hwpt);
 }
@@ -191,10 +195,11 @@ void IommufdFile::detach_from(BoundDevice& device) noexcept {
 // ---- tables ----
 
 // An object without contents: not yet in its IOAS, but with room made for it there.
-IommufdFile::Hwpt* IommufdFile::new_hwpt(IoasObject& ioas, const BoundDevice& device) noexcept {
+IommufdFile::Hwpt* IommufdFile::new_hwpt(IoasObject& ioas, const BoundDevice& device,
+                                         std::shared_ptr<FaultQueue> queue) noexcept {
   try {
     ioas.hwpts.reserve(ioas.hwpts.size() + 1);
-    auto object = std::make_unique<Hwpt>(ioas, device.device);
+    auto object = std::make_unique<Hwpt>(ioas, device.device, std::move(queue));
     Hwpt* hwpt = object.get();
     return add(std::move(object)) < 0 ? nullptr : hwpt;
   } catch (const std::bad_alloc&) {
@@ -219,11 +224,19 @@ long IommufdFile::hwpt_alloc(std::uint64_t argument) noexcept {
   if (device == nullptr) return -ENOENT;
   IoasObject* ioas = find<IoasObject>(c.pt_id);
   if (ioas == nullptr) return find<Hwpt>(c.pt_id) != nullptr && c.data_len == 0 ? -EOPNOTSUPP : -EINVAL;
-  // Plain tables only: this unit neither nests nor reports recoverable faults.
-  if ((c.flags & ~uapi_fd::hwpt_alloc_dirty_tracking) != 0 || c.data_len != 0) return -EOPNOTSUPP;
+  // Plain tables only: this unit does not nest.
+  constexpr std::uint32_t known = uapi_fd::hwpt_alloc_dirty_tracking | uapi_fd::hwpt_fault_id_valid;
+  if ((c.flags & ~known) != 0 || c.data_len != 0) return -EOPNOTSUPP;
+  std::shared_ptr<FaultQueue> queue;
+  if ((c.flags & uapi_fd::hwpt_fault_id_valid) != 0) {
+    const Faults* faults = find<Faults>(c.fault_id);
+    if (faults == nullptr) return -ENOENT;
+    if (!device->device.iommu().page_faults) return -EOPNOTSUPP;
+    queue = faults->queue;
+  }
   const bool dirty = (c.flags & uapi_fd::hwpt_alloc_dirty_tracking) != 0;
   if (dirty && !device->device.iommu().dirty_tracking) return -EOPNOTSUPP;
-  Hwpt* hwpt = new_hwpt(*ioas, *device);
+  Hwpt* hwpt = new_hwpt(*ioas, *device, std::move(queue));
   if (hwpt == nullptr) return -ENOMEM;
   hwpt->dirty_enforced = dirty;
   if (const int rc = ioas->ioas.add_domain(hwpt->domain); rc != 0) {
@@ -234,6 +247,38 @@ long IommufdFile::hwpt_alloc(std::uint64_t argument) noexcept {
   c.out_hwpt_id = hwpt->id;
   a.respond();
   return 0;
+}
+
+// The object and, in the same call, a descriptor for it.
+long IommufdFile::fault_queue_alloc(std::uint64_t argument) noexcept {
+  IommufdArgument<uapi_fd::FaultQueueAlloc> a;
+  if (const int rc = a.read(argument, sizeof(uapi_fd::FaultQueueAlloc), a); rc != 0) return rc;
+  if (a.command.flags != 0) return -EOPNOTSUPP;
+  const std::lock_guard lock{mutex_};
+  try {
+    auto queue = std::make_shared<FaultQueue>();
+    auto* const file = host_.files.make<FaultQueueFile>();
+    if (file == nullptr) return -ENOMEM;
+    const int id = add(std::make_unique<Faults>(queue));
+    if (id < 0) {
+      host_.files.discard(file);
+      return id;
+    }
+    file->open(std::move(queue));
+    const int fd = host_.files.install(file);
+    if (fd < 0) {
+      file->release();
+      host_.files.discard(file);
+      objects_.erase(static_cast<std::uint32_t>(id));
+      return fd;
+    }
+    a.command.out_fault_id = static_cast<std::uint32_t>(id);
+    a.command.out_fault_fd = static_cast<std::uint32_t>(fd);
+    a.respond();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return -ENOMEM;
+  }
 }
 
 long IommufdFile::hw_info(std::uint64_t argument) noexcept {

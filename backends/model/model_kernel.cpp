@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "backends/model/iommufd.hpp"
+#include "backends/model/spapr.hpp"
 #include "backends/model/type1.hpp"
 #include "backends/model/vfio_files.hpp"
 #include "base/checked_math.hpp"
@@ -41,6 +42,7 @@ Result<std::unique_ptr<ModelKernel>> ModelKernel::create(const ModelOptions& opt
     if (iommu.address_bits < 30 || iommu.address_bits > 57) return invalid("an IOMMU has 30 to 57 address bits");
     if ((iommu.page_sizes & os_page_bytes) == 0) return invalid("an IOMMU must offer pages of 4 KiB");
   }
+  if (options.spapr && options.iommufd) return invalid("iommufd has no sPAPR backend: switch one of them off");
   std::set<std::string> addresses;
   for (const DeviceOptions& device : options.devices) {
     if (device.iommu >= options.iommus.size()) return invalid("a device names an IOMMU that is not in the options");
@@ -80,7 +82,11 @@ int ModelKernel::open(const char* path, int) noexcept {
   if (name == "/dev/iommu" && host_.options.iommufd) {
     file = host_.files.make<IommufdFile>(host_);
   } else if (name == "/dev/vfio/vfio" && host_.options.type1) {
-    file = host_.files.make<ContainerFile>(host_);
+    if (host_.options.spapr) {
+      file = host_.files.make<SpaprContainerFile>(host_);
+    } else {
+      file = host_.files.make<ContainerFile>(host_);
+    }
   } else if (const int index = number_after(name, cdev_prefix);
              index >= 0 && host_.options.iommufd && static_cast<std::size_t>(index) < host_.devices.size() &&
              host_.devices[static_cast<std::size_t>(index)]->options().driver == "vfio-pci") {
@@ -130,6 +136,21 @@ long ModelKernel::ioctl(int fd, unsigned long request, void* argument) noexcept 
 
 long ModelKernel::ioctl_value(int fd, unsigned long request, unsigned long value) noexcept {
   return dispatch(fd, request, value);
+}
+
+long ModelKernel::read(int fd, void* buffer, std::size_t bytes) noexcept {
+  File* file = host_.files.find(fd);
+  return file == nullptr ? -EBADF : file->read(buffer, bytes);
+}
+
+long ModelKernel::write(int fd, const void* buffer, std::size_t bytes) noexcept {
+  File* file = host_.files.find(fd);
+  return file == nullptr ? -EBADF : file->write(buffer, bytes);
+}
+
+int ModelKernel::pollable(int fd) noexcept {
+  File* file = host_.files.find(fd);
+  return file == nullptr ? -1 : file->pollable();
 }
 
 Result<void*> ModelKernel::map_memory(int fd, std::uint64_t offset, std::size_t length, bool) noexcept {
@@ -185,7 +206,7 @@ MemlockUse ModelKernel::memlock() noexcept {
     host_.files.for_each([&](File& file) {
       if (auto* iommufd = dynamic_cast<IommufdFile*>(&file); iommufd != nullptr) {
         iommufd->add_usage(iommufd_pages, areas, objects);
-      } else if (auto* container = dynamic_cast<ContainerFile*>(&file); container != nullptr) {
+      } else if (auto* container = dynamic_cast<Container*>(&file); container != nullptr) {
         container->add_usage(container_pages, areas);
       }
     });
@@ -193,8 +214,9 @@ MemlockUse ModelKernel::memlock() noexcept {
     // No memory to look: the limit alone is still worth saying.
   }
   const auto bytes = [](std::int64_t n) { return Bytes{static_cast<std::uint64_t>(n) * os_page_bytes}; };
+  const auto orphans = static_cast<std::int64_t>(host_.spapr_memory.orphan_pages());
   return {.limit = host_.options.memlock.limit,
-          .locked = bytes(container_pages.process + iommufd_pages.process),
+          .locked = bytes(container_pages.process + iommufd_pages.process + orphans),
           .pinned = bytes(iommufd_pages.pinned),
           .exempt = host_.options.memlock.ipc_lock};
 }
@@ -206,14 +228,14 @@ ModelUsage ModelKernel::usage() const {
   host_.files.for_each([&](File& file) {
     if (auto* iommufd = dynamic_cast<IommufdFile*>(&file); iommufd != nullptr) {
       iommufd->add_usage(pages, usage.mappings, usage.objects);
-    } else if (auto* container = dynamic_cast<ContainerFile*>(&file); container != nullptr) {
+    } else if (auto* container = dynamic_cast<Container*>(&file); container != nullptr) {
       container->add_usage(pages, usage.mappings);
     }
   });
   const auto bytes = [](std::int64_t n) { return Bytes{static_cast<std::uint64_t>(n) * os_page_bytes}; };
   usage.pinned = bytes(pages.pinned);
   usage.charged_user = bytes(pages.user);
-  usage.charged_process = bytes(pages.process);
+  usage.charged_process = bytes(pages.process + static_cast<std::int64_t>(host_.spapr_memory.orphan_pages()));
   return usage;
 }
 

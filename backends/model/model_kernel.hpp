@@ -1,12 +1,12 @@
 // A host without a kernel: the Kernel seam answered by a software IOMMU.
 //
-// It answers the ioctls of iommufd, of VFIO type1 (versions 1 and 2, also on iommufd's compatibility interface) and of
-// VFIO's groups and devices with the kernels' errnos and side effects, on descriptors of its own. The backends run on
-// it unchanged, natively and under sanitizers; where it and a kernel differ, it is wrong.
-// Source of the behaviour: Linux 6.12 to 7.2, drivers/iommu/iommufd, drivers/vfio.
+// It answers the ioctls of iommufd, of VFIO type1 (versions 1 and 2, also on iommufd's compatibility interface), of
+// VFIO sPAPR TCE (versions 1 and 2) and of VFIO's groups and devices with the kernels' errnos and side effects, on
+// descriptors of its own. The backends run on it unchanged, natively and under sanitizers; where it and a kernel
+// differ, it is wrong. Source of the behaviour: Linux 6.12 to 7.2, drivers/iommu/iommufd, drivers/vfio.
 //
-// Not imitated: argument addresses that are not mapped in the process (only null is EFAULT), nested tables, fault
-// queues, PASIDs, sPAPR. Memory that a device can reach must stay mapped in the process: a kernel's pin would keep the
+// Not imitated: argument addresses that are not mapped in the process (only null is EFAULT), nested tables, PASIDs.
+// Memory that a device can reach must stay mapped in the process: a kernel's pin would keep the
 // pages when the process unmaps them, this one cannot.
 #pragma once
 
@@ -44,6 +44,9 @@ class ModelKernel final : public Kernel {
   int duplicate(int fd) noexcept override;
   long ioctl(int fd, unsigned long request, void* argument) noexcept override;
   long ioctl_value(int fd, unsigned long request, unsigned long value) noexcept override;
+  long read(int fd, void* buffer, std::size_t bytes) noexcept override;
+  long write(int fd, const void* buffer, std::size_t bytes) noexcept override;
+  int pollable(int fd) noexcept override;
   Result<void*> map_memory(int fd, std::uint64_t offset, std::size_t length, bool writable) noexcept override;
   void unmap_memory(void* address, std::size_t length) noexcept override;
   Result<std::vector<PciDevice>> pci_devices() override;

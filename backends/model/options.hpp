@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "backends/model/spapr_options.hpp"
 #include "iovane/types.hpp"
 
 namespace iovane::backends::model {
@@ -28,6 +29,7 @@ struct IommuOptions {
   unsigned address_bits = 48;  ///< 30 to 57; decides the number of levels (3 to 5) and the aperture
   std::uint64_t page_sizes = (1ULL << 12) | (1ULL << 21) | (1ULL << 30);  ///< bit n: leaves of 2^n bytes
   bool dirty_tracking = true;
+  bool page_faults = true;      ///< devices can wait for pages (PRI, stall)
   unsigned iotlb_entries = 64;  ///< per device, 4 KiB each; 0: every access walks
 };
 
@@ -67,7 +69,9 @@ struct ModelOptions {
   bool type1 = true;                      ///< false: no /dev/vfio/vfio and no groups
   bool map_file = true;                   ///< IOAS_MAP_FILE is there: Linux 6.13 and later; ENOTTY before
   std::uint32_t dma_entry_limit = 65535;  ///< type1's module parameter
-  std::size_t descriptors_max = 4096;     ///< EMFILE beyond
+  /// A POWER host: containers have the sPAPR driver instead of type1. Without /dev/iommu: there is no such backend.
+  std::optional<SpaprOptions> spapr{};
+  std::size_t descriptors_max = 4096;  ///< EMFILE beyond
 };
 
 }  // namespace iovane::backends::model

@@ -45,7 +45,8 @@ std::uint64_t PageTable::entry_for(const std::byte* memory, Access access, unsig
 }
 
 PageTable::Table* PageTable::new_table() noexcept {
-  if (base::fault_now(base::FaultKind::allocation)) return nullptr;
+  // A domain without a root would refuse every map for good, which no kernel's does: the root is not made to fail.
+  if (tables_ != 0 && base::fault_now(base::FaultKind::allocation)) return nullptr;
   if (retired_.capacity() < tables_ + 1) {
     try {
       retired_.reserve(2 * (tables_ + 1));

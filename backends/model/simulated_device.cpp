@@ -4,9 +4,16 @@
 #include <cstring>
 #include <utility>
 
+#include "backends/model/fault_queue.hpp"
 #include "base/checked_math.hpp"
 
 namespace iovane::backends::model {
+namespace {
+
+// Answers of "try again" that a device believes for one page before it gives up.
+constexpr int page_requests_max = 8;
+
+}  // namespace
 
 SimulatedDevice::SimulatedDevice(DeviceOptions options, const IommuOptions& iommu)
     : options_{std::move(options)}, iommu_{iommu}, iotlb_(iommu.iotlb_entries) {
@@ -28,9 +35,10 @@ DmaResult SimulatedDevice::dma_write(Iova to, std::span<const std::byte> bytes) 
 template <typename Move>
 DmaResult SimulatedDevice::transfer(Iova at, std::size_t bytes, Access access, Move move) noexcept {
   DmaResult result;
+  int requests_left = page_requests_max;
   while (result.bytes < bytes) {
     const auto address = base::checked_add(at.value, std::uint64_t{result.bytes});
-    const std::lock_guard lock{mutex_};
+    std::unique_lock lock{mutex_};
     DmaFault fault{.address = Iova{address.value_or(0)}, .access = access, .device = this};
     if (!address) {
       fault.reason = FaultReason::outside_aperture;
@@ -45,11 +53,20 @@ DmaResult SimulatedDevice::transfer(Iova at, std::size_t bytes, Access access, M
         result.bytes += step;
         // R.idle - pairs with A.idle in invalidate(): the bytes were moved before the device looks idle.
         if (iotlb_.empty()) may_hold_.store(false, std::memory_order_release);
+        requests_left = page_requests_max;
         continue;
       }
       fault.reason = *reason;
     }
     if (iotlb_live_ == 0) may_hold_.store(false, std::memory_order_release);  // R.idle - as above
+    const bool may_ask = fault.reason == FaultReason::not_present || fault.reason == FaultReason::no_permission;
+    if (may_ask && domain_->faults() != nullptr && requests_left-- > 0) {
+      const std::shared_ptr<FaultQueue> faults = domain_->faults();
+      const std::uint32_t id = request_id_;
+      lock.unlock();  // whoever answers maps first, which invalidates
+      if (faults->request(id, Iova{base::align_down(*address, os_page_bytes)}, access)) continue;
+      lock.lock();
+    }
     record(fault);
     result.fault = fault;
     break;
@@ -78,7 +95,7 @@ std::optional<FaultReason> SimulatedDevice::translate(std::uint64_t page, Access
   }
   Translation found;
   do {  // again only when the writer changed the entry in between; it changes each entry a bounded number of times
-    found = domain_->table().walk(Iova{page});
+    found = domain_->walk(Iova{page});
     if (found.memory == nullptr) return FaultReason::not_present;
     if (!includes(found.access, access)) return FaultReason::no_permission;
   } while (must_mark && !PageTable::mark_dirty(found));
@@ -123,6 +140,11 @@ std::uint64_t SimulatedDevice::fault_count() const noexcept {
 IotlbStatistics SimulatedDevice::iotlb_statistics() const noexcept {
   const std::lock_guard lock{mutex_};
   return statistics_;
+}
+
+void SimulatedDevice::set_request_id(std::uint32_t id) noexcept {
+  const std::lock_guard lock{mutex_};
+  request_id_ = id;
 }
 
 void SimulatedDevice::set_domain(Domain* domain) noexcept {

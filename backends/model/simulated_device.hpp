@@ -79,6 +79,8 @@ class SimulatedDevice {
 
   /// For Domain: where to translate, nullptr for nowhere. Nothing of the old domain is used after it returns.
   void set_domain(Domain* domain) noexcept;
+  /// The name under which it asks for pages: its id on the descriptor that it is bound to.
+  void set_request_id(std::uint32_t id) noexcept;
   void invalidate(IovaRange range) noexcept;
 
   static constexpr std::size_t faults_kept = 1024;
@@ -101,6 +103,7 @@ class SimulatedDevice {
   const IommuOptions iommu_;
   mutable std::mutex mutex_;  // a transfer's step; everything below
   Domain* domain_ = nullptr;
+  std::uint32_t request_id_ = 0;
   std::vector<CachedTranslation> iotlb_;  // direct-mapped by page number
   std::size_t iotlb_live_ = 0;
   std::atomic<bool> may_hold_{false};  // read without the mutex by invalidate()

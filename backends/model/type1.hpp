@@ -9,14 +9,14 @@
 #include <mutex>
 #include <vector>
 
-#include "backends/model/file.hpp"
+#include "backends/model/container.hpp"
 #include "backends/model/host.hpp"
 #include "backends/model/interval_index.hpp"
 #include "backends/uapi/vfio.hpp"
 
 namespace iovane::backends::model {
 
-class ContainerFile final : public File {
+class ContainerFile final : public Container {
  public:
   explicit ContainerFile(Host& host) noexcept : host_{host} {}
   ~ContainerFile() override;
@@ -27,11 +27,11 @@ class ContainerFile final : public File {
   // Groups come and go; Host::vfio_mutex is held.
   /// 0, -EPERM (somebody else's DMA), -EINVAL (its reserved regions or aperture cut a live mapping), or what pinning
   /// for a further table says.
-  int attach(IommuGroup& group) noexcept;
-  void detach(IommuGroup& group) noexcept;
-  bool has_driver() const noexcept;
+  int attach(IommuGroup& group) noexcept override;
+  void detach(IommuGroup& group) noexcept override;
+  bool has_driver() const noexcept override;
 
-  void add_usage(SpaceUsage& usage, std::size_t& mappings) const noexcept;
+  void add_usage(SpaceUsage& usage, std::size_t& mappings) const noexcept override;
 
  private:
   enum class Driver : std::uint8_t { none, v1, v2 };

@@ -99,7 +99,7 @@ long GroupFile::set_container(std::uint64_t argument) noexcept {
   File* file = host_.files.find(fd);
   if (file == nullptr) return -EBADF;
   if (container_ != nullptr || iommufd_ != nullptr) return -EINVAL;
-  if (auto* container = dynamic_cast<ContainerFile*>(file); container != nullptr) {
+  if (auto* container = dynamic_cast<Container*>(file); container != nullptr) {
     if (const int rc = container->attach(*group_); rc != 0) return rc;
     container_ = container;
   } else if (auto* iommufd = dynamic_cast<IommufdFile*>(file); iommufd != nullptr) {

@@ -23,7 +23,7 @@ class VfioDevice {
   SimulatedDevice* device_;
 };
 
-/// An open group. Its container is a type1 container or, on the compatibility interface, a /dev/iommu.
+/// An open group. Its container is a type1 or sPAPR container or, on the compatibility interface, a /dev/iommu.
 class GroupFile final : public File {
  public:
   explicit GroupFile(Host& host) noexcept : host_{host} {}
@@ -49,7 +49,7 @@ class GroupFile final : public File {
 
   Host& host_;
   IommuGroup* group_ = nullptr;
-  ContainerFile* container_ = nullptr;  // one of the two, or neither; a reference is held
+  Container* container_ = nullptr;  // one of the two, or neither; a reference is held
   IommufdFile* iommufd_ = nullptr;
   std::vector<OpenDevice> devices_;
 };

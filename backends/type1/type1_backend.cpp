@@ -30,6 +30,9 @@ class Type1Backend final : public Backend {
   Interface interface() const noexcept override { return interface_; }
 
   Result<std::unique_ptr<BackendSpace>> create_space(const SpaceOptions& options) override {
+    if (options.page_faults)
+      return base::fail(Errc::unsupported, Stage::open, 0, "{} does not deliver I/O page faults; only iommufd does",
+                        to_string(interface_));
     auto container = next_container();
     if (!container) return container.error();
     std::uint32_t ioas = 0;

@@ -82,6 +82,7 @@ Type1Space::Type1Space(Kernel& kernel, KernelFd container, Interface interface, 
     facts_.capabilities = facts_.capabilities | Capability::unmap_all;
   facts_.capabilities = facts_.capabilities | (compat() ? Capability::promise_ranges : Capability::mmio_memory);
   if (options.dirty_tracking) facts_.capabilities = facts_.capabilities | Capability::dirty_tracking;
+  facts_.dirty_reads_whole_mappings = true;
 }
 
 Type1Space::~Type1Space() {
@@ -162,6 +163,8 @@ Error Type1Space::map_error(int os_errno, const BackendOp& op, std::uint64_t add
 }
 
 BackendOpResult Type1Space::unmap(IovaRange range) noexcept {
+  if (harvest_ != nullptr && !groups_.empty()) [[unlikely]]
+    return unmap_tracked(range);
   if (range == IovaRange::everything()) {
     const auto gone = unmap_all();
     return {gone.error(), gone.value_or(Bytes{})};
@@ -223,6 +226,11 @@ BackendOpResult Type1Space::unmap_once(IovaRange range) noexcept {
 
 Result<Bytes> Type1Space::unmap_all() noexcept {
   if (!compat() && groups_.empty()) return Bytes{0};
+  if (harvest_ != nullptr) {
+    const BackendOpResult tracked = unmap_tracked({Iova{0}, last_mappable()});
+    if (tracked.error) return tracked.error;
+    return tracked.bytes;
+  }
   if (!has(facts_.capabilities, Capability::unmap_all)) return unmap_windows();
   uapi::Type1DmaUnmap unmap{.flags = uapi::dma_unmap_flag_all};
   if (const int why = call(kernel_, container_.get(), unmap); why != 0)
@@ -276,12 +284,15 @@ Result<AttachedDevice> Type1Space::attach(const DeviceSource& source) {
   if (!added) return added.error();
   GroupDevice& device = **added;
   const auto info = query_container(kernel_, container_.get());
-  if (!info || (options_.dirty_tracking && info->dirty_page_sizes == 0)) {
-    const Error error = info ? base::fail(Errc::unsupported, Stage::attach, 0,
-                                          "{} cannot be attached: the container does not track dirty pages, and this "
-                                          "space promises to",
-                                          device.name)
-                             : info.error();
+  // The last group took the tracking along; START while it is on changes nothing.
+  const int not_tracking = harvest_ != nullptr && info && info->dirty_page_sizes != 0 ? set_tracking(true) : 0;
+  if (!info || not_tracking != 0 || (options_.dirty_tracking && info->dirty_page_sizes == 0)) {
+    const Error error = not_tracking != 0 ? explain_call(Stage::attach, "VFIO_IOMMU_DIRTY_PAGES(START)", not_tracking)
+                        : info            ? base::fail(Errc::unsupported, Stage::attach, 0,
+                                                       "{} cannot be attached: the container does not track dirty pages, and this "
+                                                                  "space promises to",
+                                                       device.name)
+                                          : info.error();
     (void)groups_.remove(device.id).has_value();
     return error;
   }

@@ -49,6 +49,9 @@ class Type1Space final : public BackendSpace {
   Result<std::vector<IovaRange>> usable_ranges() override;
   Result<void> promise(std::span<const IovaRange> ranges) override;
   Headroom headroom() noexcept override;
+  Result<void> start_dirty_tracking(DirtyHarvest& harvest) override;
+  Result<void> stop_dirty_tracking() override;
+  Result<void> read_dirty(const IovaRange& range, std::span<std::uint64_t> bitmap) noexcept override;
 
  private:
   BackendOpResult run(const BackendOp& op) noexcept;
@@ -56,6 +59,10 @@ class Type1Space final : public BackendSpace {
   BackendOpResult unmap(IovaRange range) noexcept;
   BackendOpResult unmap_each(IovaRange range) noexcept;
   BackendOpResult unmap_once(IovaRange range) noexcept;
+  // type1_dirty.cpp.
+  int set_tracking(bool on) noexcept;
+  BackendOpResult unmap_tracked(IovaRange range) noexcept;
+  BackendOpResult unmap_run(IovaRange run) noexcept;
   Result<Bytes> unmap_windows() noexcept;
   Result<std::uint64_t> address_of(const BackendOp& op) const noexcept;
   Error map_error(int os_errno, const BackendOp& op, std::uint64_t address) noexcept;
@@ -77,6 +84,7 @@ class Type1Space final : public BackendSpace {
   SpaceOptions options_;
   SpaceFacts facts_;
   VfioGroups groups_;
+  DirtyHarvest* harvest_ = nullptr;  // not null: tracking is on
   std::uint64_t live_bytes_ = 0;
   LiveStarts starts_;                 // version 1 only
   std::vector<MemoryRange> regions_;  // index = RegionId - 1; length 0 where a region was unregistered

@@ -56,6 +56,12 @@ bool VfioGroups::contains(DeviceId device) const noexcept {
   });
 }
 
+std::vector<int> VfioGroups::descriptors() const {
+  std::vector<int> list;
+  for (const Group& group : groups_) list.push_back(group.fd.get());
+  return list;
+}
+
 bool VfioGroups::is_last(DeviceId device) const noexcept {
   return groups_.size() == 1 && groups_.front().devices.size() == 1 && groups_.front().devices.front().id == device;
 }
@@ -63,7 +69,7 @@ bool VfioGroups::is_last(DeviceId device) const noexcept {
 Result<GroupDevice*> VfioGroups::add(const DeviceSource& source) {
   if (source.pci_address.empty())
     return base::fail(Errc::invalid_argument, Stage::attach, 0,
-                      "type1 opens devices by name: give the PCI address, also with a group descriptor");
+                      "a container opens devices by name: give the PCI address, also with a group descriptor");
   std::vector<IovaRange> reserved;
   const auto joined = join(source, reserved);
   if (!joined) return joined.error();

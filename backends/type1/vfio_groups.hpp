@@ -38,6 +38,8 @@ class VfioGroups {
   bool is_last(DeviceId device) const noexcept;
   bool contains(DeviceId device) const noexcept;
   bool empty() const noexcept { return groups_.empty(); }
+  /// The groups' descriptors, borrowed.
+  std::vector<int> descriptors() const;
 
  private:
   struct Group {

@@ -1,5 +1,6 @@
 #include "engine/engine_core.hpp"
 
+#include <cstdlib>
 #include <string_view>
 #include <utility>
 
@@ -30,25 +31,69 @@ Result<std::shared_ptr<EngineCore>> open_model(std::string_view name, std::strin
 }
 
 Result<std::shared_ptr<EngineCore>> open_system(backends::BackendChoice choice, std::string reason,
-                                                const WorkerConfig& workers) {
+                                                const WorkerConfig& workers, Bytes copy_from = {}) {
   auto kernel = std::make_unique<backends::SystemKernel>();
   auto backend = backends::open_backend(*kernel, choice);
   if (!backend) return backend.error();
   std::string name{backends::to_string((*backend)->interface())};
   return std::make_shared<EngineCore>(std::move(kernel), *std::move(backend), std::move(name), std::move(reason),
-                                      workers);
+                                      workers, copy_from);
 }
 
-Result<std::shared_ptr<EngineCore>> open_auto(const WorkerConfig& workers) {
+std::string environment(const char* name) {
+  const char* const value = ::secure_getenv(name);
+  return value != nullptr ? value : "";
+}
+
+Result<backends::ProbeOptions::Measure> measure_mode(AutoMeasure configured) {
+  using Measure = backends::ProbeOptions::Measure;
+  const std::string name = environment("IOVANE_MEASURE");
+  if (name == "never") return Measure::never;
+  if (name == "cached") return Measure::cached;
+  if (name == "when-new") return Measure::when_new;
+  if (name == "always") return Measure::always;
+  if (!name.empty())
+    return base::fail(Errc::invalid_argument, Stage::open, 0,
+                      "IOVANE_MEASURE is \"{}\"; it can be never, cached, when-new or always", name);
+  switch (configured) {
+    case AutoMeasure::never: return Measure::never;
+    case AutoMeasure::cached: return Measure::cached;
+    case AutoMeasure::when_new: return Measure::when_new;
+    case AutoMeasure::always: return Measure::always;
+  }
+  return Measure::never;
+}
+
+Result<std::shared_ptr<EngineCore>> open_auto(const EngineConfig& config) {
   backends::SystemKernel kernel;
   backends::ProbeOptions options;
   options.attach_devices = false;
+  const auto mode = measure_mode(config.measure);
+  if (!mode) return mode.error();
+  options.measure = *mode;
+  options.measurement_file = config.measurement_file;
   const auto report = backends::probe_host(kernel, options);
   if (!report) return report.error();
-  if (!report->choice) return open_model(model_name, report->why, workers);
+  if (!report->choice) return open_model(model_name, report->why, config.workers);
   backends::BackendChoice choice;
   choice.name = backends::to_string(*report->choice);
-  return open_system(std::move(choice), report->why, workers);
+  std::string reason = report->why;
+  if (!report->measurement) reason += "; not measured: " + report->not_measured;
+  return open_system(std::move(choice), std::move(reason), config.workers,
+                     report->measurement ? report->measurement->copy_from() : Bytes{});
+}
+
+Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config);
+
+/// With IOVANE_BACKEND in the place of "auto", where nothing else says what is wanted.
+Result<std::shared_ptr<EngineCore>> open_by_environment(const EngineConfig& config) {
+  const std::string wanted = environment("IOVANE_BACKEND");
+  if (config.backend != "auto" || config.iommu_fd >= 0 || config.container_fd >= 0 || wanted.empty() ||
+      wanted == "auto")
+    return open_core(config);
+  EngineConfig named = config;
+  named.backend = wanted;
+  return open_core(named);
 }
 
 Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
@@ -64,7 +109,7 @@ Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
                         "a descriptor was given, but the software IOMMU uses none; name the kernel's interface");
     return open_model(name, "it was asked for by name", config.workers);
   }
-  if (name == "auto" && !wants_iommu && !wants_container) return open_auto(config.workers);
+  if (name == "auto" && !wants_iommu && !wants_container) return open_auto(config);
 
   backends::BackendChoice choice;
   choice.name = name == "auto" ? (wants_iommu ? "iommufd" : "type1") : config.backend;
@@ -89,9 +134,10 @@ Result<Engine> Engine::open(const EngineConfig& config) {
     if (!made) return made.error();
     stats_page = *std::move(made);
   }
-  auto core = open_core(config);
+  auto core = open_by_environment(config);
   if (!core) return core.error();
   (*core)->publish(std::move(stats_page));
+  (*core)->pins().configure(config.pins, config.userfault_fd);
   return Engine{*std::move(core)};
 }
 

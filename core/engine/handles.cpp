@@ -46,6 +46,26 @@ AddressSpace::~AddressSpace() {
 const AddressSpaceFacts& AddressSpace::facts() const noexcept { return core_->facts(); }
 Result<DeviceInfo> AddressSpace::attach(const DeviceConfig& device) { return core_->attach(device); }
 Result<void> AddressSpace::detach(std::uint32_t device_id) { return core_->detach(device_id); }
+Result<DeviceInfo> AddressSpace::move_device(std::uint32_t device_id, AddressSpace& to, Gap gap) {
+  return core_->move_device(device_id, *to.core_, gap);
+}
+int AddressSpace::page_fault_fd() const noexcept { return core_->page_fault_fd(); }
+Result<std::size_t> AddressSpace::read_page_faults(std::span<PageFaultEvent> out) noexcept {
+  return core_->read_page_faults(out);
+}
+Result<void> AddressSpace::answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept {
+  return core_->answer_page_fault(event, answer);
+}
+Result<void> AddressSpace::start_dirty_tracking() { return core_->start_dirty_tracking(); }
+Result<void> AddressSpace::stop_dirty_tracking() { return core_->stop_dirty_tracking(); }
+Result<std::uint64_t> AddressSpace::read_dirty(const IovaRange& range, Bytes page_size,
+                                               std::span<std::uint64_t> bitmap) {
+  return core_->read_dirty(range, page_size, bitmap);
+}
+std::size_t AddressSpace::take_unmapped_dirty(std::span<DirtyRun> out) noexcept {
+  return core_->take_unmapped_dirty(out);
+}
+DirtyStats AddressSpace::dirty_stats() const noexcept { return core_->dirty_stats(); }
 Result<std::vector<IovaRange>> AddressSpace::usable_ranges() const { return core_->usable_ranges(); }
 
 Result<Memory> AddressSpace::register_memory(const MemoryConfig& config) {

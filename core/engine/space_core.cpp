@@ -57,6 +57,8 @@ Result<std::shared_ptr<SpaceCore>> SpaceCore::create(std::shared_ptr<EngineCore>
   backends::SpaceOptions options;
   options.large_iopte = config.large_iopte;
   options.dirty_tracking = config.dirty_tracking;
+  options.page_faults = config.page_faults;
+  options.copy_from = engine->copy_from();
   auto backend = engine->backend().create_space(options);
   if (!backend) return backend.error();
   if (const Error bad = check_bounds(config)) return bad;
@@ -107,9 +109,12 @@ SpaceCore::~SpaceCore() {
 }
 
 void SpaceCore::close() noexcept {
+  // Without the lane: it unmaps through it.
+  if (SpaceCache* const open = cache()) open->close();
   {
     const LaneHold held{lane_};
     if (state_.closed) return;
+    if (dirty_) (void)state_.backend->stop_dirty_tracking();  // so that unmapping everything reads no marks
     // What the kernel refuses to unmap goes when its object closes; nothing of ours names it any more.
     (void)executor_->unmap_all();
     state_.closed = true;
@@ -167,6 +172,15 @@ Completion SpaceCore::run_now(const Operation& operation) noexcept {
 }
 
 Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
+  auto attached = attach_now(device);
+  SpaceCache* const open = cache();
+  if (attached || attached.error().code != Errc::iova_reserved || open == nullptr) return attached;
+  // A cached mapping that nobody uses may lie where the device has a hole.
+  open->evict(Bytes{~std::uint64_t{0}});
+  return attach_now(device);
+}
+
+Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();  // what counts against the new device's holes is what is live
@@ -178,14 +192,18 @@ Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
     return refreshed.error();
   }
   refresh_facts();
+  device_names_[attached->id.value] = {device.pci_address, device.cdev_fd, device.group_fd};
   return DeviceInfo{attached->id.value, std::move(attached->name), attached->device_fd, std::move(attached->reserved)};
 }
 
 Result<void> SpaceCore::detach(std::uint32_t device_id) {
+  // A type1 container drops every mapping with its last device, so none may be handed out after that.
+  if (SpaceCache* const open = cache(); open != nullptr && facts_.backend.starts_with("type1")) open->drop_all();
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
   if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached;
+  device_names_.erase(device_id);
   refresh_facts();
   return refresh_usable();
 }
@@ -244,6 +262,8 @@ void SpaceCore::refresh_facts() {
   facts_.replace_is_atomic = has(facts.capabilities, backends::Capability::replace_in_place);
   facts_.unmap_may_cut = has(facts.capabilities, backends::Capability::cut_on_unmap);
   facts_.register_pins = has(facts.capabilities, backends::Capability::explicit_pin);
+  facts_.dirty_is_exact =
+      has(facts.capabilities, backends::Capability::dirty_tracking) && !facts.dirty_reads_whole_mappings;
 }
 
 Result<MemoryId> SpaceCore::register_memory(const MemoryConfig& memory) {
@@ -256,7 +276,34 @@ Result<MemoryId> SpaceCore::register_memory(const MemoryConfig& memory) {
   return id;
 }
 
+Result<Bytes> SpaceCore::memory_length(MemoryId memory) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  const auto index = state_.memories.find(memory);
+  if (!index) return index.error();
+  // Its owner let it go; it waits for mappings that are still in use.
+  if (!state_.memories.at(*index).owned)
+    return make_error(Errc::stale_handle, Stage::validate, "the registered memory has been unregistered");
+  return state_.memories.at(*index).length;
+}
+
+Result<void> SpaceCore::open_cache(const CacheConfig& config) {
+  const std::lock_guard opening{cache_lock_};
+  if (cache_) return make_error(Errc::busy, Stage::open, "this address space has a cache already");
+  if (config_.layout != LayoutPolicy::engine_managed)
+    return make_error(Errc::invalid_argument, Stage::open,
+                      "a cache chooses IOVAs, and this address space's layout is the caller's "
+                      "(AddressSpaceConfig::layout)");
+  auto opened = SpaceCache::open(*this, engine_->pins(), config, config_.memories_max);
+  if (!opened) return opened.error();
+  cache_ = *std::move(opened);
+  // R.cache - release, pairs with A.cache in cache().
+  cache_published_.store(cache_.get(), std::memory_order_release);
+  return {};
+}
+
 void SpaceCore::unregister_memory(MemoryId memory) noexcept {
+  if (SpaceCache* const open = cache()) open->forget(memory);
   const LaneHold held{lane_};
   const auto index = state_.memories.find(memory);
   if (!index) return;

@@ -3,14 +3,18 @@
 
 #include <atomic>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "engine/batch_executor.hpp"
+#include "engine/dirty_log.hpp"
 #include "engine/lane.hpp"
 #include "engine/lane_tasks.hpp"
+#include "engine/space_cache.hpp"
 #include "engine/space_state.hpp"
 #include "engine/stats_page.hpp"
 #include "iovane/address_space.hpp"
@@ -38,9 +42,28 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Completion run_now(const Operation& operation) noexcept;
   Result<DeviceInfo> attach(const DeviceConfig& device);
   Result<void> detach(std::uint32_t device_id);
+  // space_devices.cpp.
+  Result<DeviceInfo> move_device(std::uint32_t device_id, SpaceCore& to, AddressSpace::Gap gap);
+  int page_fault_fd() noexcept;
+  Result<std::size_t> read_page_faults(std::span<PageFaultEvent> out) noexcept;
+  Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
+  // space_dirty.cpp.
+  Result<void> start_dirty_tracking();
+  Result<void> stop_dirty_tracking();
+  Result<std::uint64_t> read_dirty(const IovaRange& range, Bytes page_size, std::span<std::uint64_t> bitmap);
+  std::size_t take_unmapped_dirty(std::span<DirtyRun> out) noexcept;
+  DirtyStats dirty_stats() noexcept;
+
   Result<std::vector<IovaRange>> usable_ranges();
   Result<MemoryId> register_memory(const MemoryConfig& memory);
   void unregister_memory(MemoryId memory) noexcept;
+  Result<Bytes> memory_length(MemoryId memory) noexcept;
+  Result<void> open_cache(const CacheConfig& config);
+  /// Null before open_cache(). Stays until the space object goes, also after close().
+  SpaceCache* cache() const noexcept {
+    // A.cache - acquire, pairs with R.cache in open_cache(): the opened cache.
+    return cache_published_.load(std::memory_order_acquire);
+  }
   Result<MappingInfo> find(Iova iova) noexcept;
   Result<MappingInfo> info(MappingId mapping) noexcept;
   void for_each(IovaRange range, const std::function<bool(const MappingInfo&)>& visit);
@@ -54,12 +77,17 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
             std::unique_ptr<backends::BackendSpace> backend, MappingIndex index);
   /// Makes worker_ the node's worker, once. Not with the lane held.
   Result<void> start_worker();
+  Result<DeviceInfo> attach_now(const DeviceConfig& device);
   /// Called with the lane held.
   Result<void> refresh_usable();
   void refresh_facts();
   /// Of a mapping that is there.
   bool is_stale(MappingId mapping) const noexcept;
   MappingInfo describe(MappingId mapping) const noexcept;
+  std::optional<IovaRange> next_dirty_run(const IovaRange& rest, bool& quarantined) noexcept;
+  Error read_dirty_runs(IovaRange& rest, DirtyBitmap& bitmap, std::vector<std::uint64_t>& words, bool& more);
+  Result<DeviceInfo> move_with_gap(std::uint32_t device_id, SpaceCore& to);
+  Result<DeviceInfo> moved_in(backends::AttachedDevice device, SpaceCore& from);
   Error closed_error() const noexcept;
 
   const std::shared_ptr<EngineCore> engine_;  // keeps the backend open
@@ -75,7 +103,13 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::unique_ptr<StaleFlusher> flusher_;
   std::unique_ptr<Relief> relief_;
   std::atomic<std::uint32_t> queues_opened_{0};
+  std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again
+  std::unique_ptr<DirtyLog> dirty_;                               // made by the first start_dirty_tracking()
   AddressSpaceFacts facts_;
+  // Last: its mappings go before what carries them.
+  std::mutex cache_lock_;  // open_cache() only
+  std::unique_ptr<SpaceCache> cache_;
+  std::atomic<SpaceCache*> cache_published_{nullptr};
 };
 
 }  // namespace iovane::engine

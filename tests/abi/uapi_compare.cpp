@@ -1,16 +1,19 @@
 // Compares backends/uapi with the kernel's own headers, at compile time. uapi_compare.py compiles it against the newest
 // headers that it can get; nothing here runs.
 #include <linux/iommufd.h>
+#include <linux/kvm.h>
 #include <linux/vfio.h>
 
 #include <cstddef>
 
 #include "backends/uapi/iommufd.hpp"
+#include "backends/uapi/kvm.hpp"
 #include "backends/uapi/vfio.hpp"
 
 namespace ours = iovane::backends::uapi;
 namespace fd = ours::iommufd;
 namespace vf = ours::vfio;
+namespace kv = ours::kvm;
 
 #define SIZE(own, theirs) static_assert(sizeof(own) == sizeof(theirs), #theirs)
 #define FIELD_AS(own, own_field, theirs, their_field)                                              \
@@ -386,3 +389,30 @@ NUMBER(vf::eeh_pe_state_reset, VFIO_EEH_PE_STATE_RESET);
 NUMBER(vf::eeh_pe_state_stopped, VFIO_EEH_PE_STATE_STOPPED);
 NUMBER(vf::eeh_pe_state_stopped_dma, VFIO_EEH_PE_STATE_STOPPED_DMA);
 NUMBER(vf::eeh_pe_state_unavail, VFIO_EEH_PE_STATE_UNAVAIL);
+
+// ---- KVM: the TCE structures are in every architecture's copy of the header ----
+NUMBER(kv::api_version, KVM_API_VERSION);
+NUMBER(kv::get_api_version, KVM_GET_API_VERSION);
+NUMBER(kv::create_vm, KVM_CREATE_VM);
+NUMBER(kv::check_extension, KVM_CHECK_EXTENSION);
+NUMBER(kv::cap_spapr_tce, KVM_CAP_SPAPR_TCE);
+NUMBER(kv::cap_device_ctrl, KVM_CAP_DEVICE_CTRL);
+NUMBER(kv::cap_spapr_multitce, KVM_CAP_SPAPR_MULTITCE);
+NUMBER(kv::cap_spapr_tce_64, KVM_CAP_SPAPR_TCE_64);
+NUMBER(kv::cap_spapr_tce_vfio, KVM_CAP_SPAPR_TCE_VFIO);
+CALL(kv::CreateDevice, kvm_create_device, KVM_CREATE_DEVICE);
+FIELD(kv::CreateDevice, kvm_create_device, type);
+FIELD(kv::CreateDevice, kvm_create_device, fd);
+FIELD(kv::CreateDevice, kvm_create_device, flags);
+NUMBER(kv::device_type_vfio, KVM_DEV_TYPE_VFIO);
+CALL(kv::DeviceAttribute, kvm_device_attr, KVM_SET_DEVICE_ATTR);
+FIELD(kv::DeviceAttribute, kvm_device_attr, group);
+FIELD(kv::DeviceAttribute, kvm_device_attr, attr);
+FIELD(kv::DeviceAttribute, kvm_device_attr, addr);
+NUMBER(kv::vfio_group, KVM_DEV_VFIO_GROUP);
+NUMBER(kv::vfio_group_add, KVM_DEV_VFIO_GROUP_ADD);
+NUMBER(kv::vfio_group_del, KVM_DEV_VFIO_GROUP_DEL);
+NUMBER(kv::vfio_group_set_tce, KVM_DEV_VFIO_GROUP_SET_SPAPR_TCE);
+SIZE(kv::VfioSpaprTce, kvm_vfio_spapr_tce);
+FIELD(kv::VfioSpaprTce, kvm_vfio_spapr_tce, groupfd);
+FIELD(kv::VfioSpaprTce, kvm_vfio_spapr_tce, tablefd);

@@ -10,16 +10,23 @@ std::string parameter_name(Interface interface) {
   return name;
 }
 
-void Conformance::SetUp() { restart({}); }
+void Conformance::SetUp() {
+  if (!machine_can_have(GetParam()))
+    GTEST_SKIP() << "this machine's architecture has no " << to_string(GetParam()) << " interface";
+  restart({});
+}
 
 void Conformance::restart(const MachineOptions& options) {
   backend_.reset();
   kernel_.reset();
   machine_.reset();
-  machine_ = make_machine(options);
+  MachineOptions wanted = options;
+  wanted.interface = GetParam();
+  machine_ = make_machine(wanted);
   ASSERT_NE(machine_, nullptr);
   ASSERT_FALSE(machine_->devices().empty()) << "no device can bear witness";
   pinned_before_ = machine_->kernel().memlock().pinned;
+  locked_before_ = machine_->kernel().memlock().locked;
   kernel_ = std::make_unique<CountingKernel>(machine_->kernel());
   backend_ = open();
   ASSERT_NE(backend_, nullptr);
@@ -32,6 +39,7 @@ void Conformance::TearDown() {
   if (kernel_ == nullptr) return;
   EXPECT_EQ(kernel_->open_descriptors(), 0) << "descriptors leaked";
   EXPECT_EQ(machine_->kernel().memlock().pinned, pinned_before_) << "pins leaked";
+  EXPECT_EQ(machine_->kernel().memlock().locked, locked_before_) << "locked memory leaked";
 }
 
 std::unique_ptr<Backend> Conformance::open(int handed_in, bool duplicate) {
@@ -60,6 +68,24 @@ void Conformance::make_default() {
   ASSERT_GE(device_.device_fd, 0);
   witness_ = machine_->witness(*space_, device_);
   ASSERT_NE(witness_, nullptr) << device_.name << " is no witness";
+  if (!spapr_v2()) return;
+  const auto window = space_->spapr()->create_window({.length = Bytes{64U << 20}, .page = Bytes{4096}});
+  ASSERT_TRUE(window) << window.error().message();
+}
+
+std::optional<std::uint64_t> Conformance::high_iova() {
+  if (!spapr()) return 0x12'3450'0000;
+  const auto usable = space_->usable_ranges();
+  if (!usable || usable->empty() || usable->back().start.value <= 0xffff'ffff) return std::nullopt;
+  return usable->back().start.value + 0x10'0000;
+}
+
+Bytes Conformance::charged() {
+  const MemlockUse use = kernel_->memlock();
+  if (!spapr()) return Bytes{use.pinned.value - pinned_before_.value};
+  std::uint64_t windows = 0;
+  for (const SpaprWindow& window : space_->spapr()->windows()) windows += window.table.value;
+  return Bytes{use.locked.value - locked_before_.value - windows};
 }
 
 BackendOp Conformance::map_op(IovaRange range, std::uint64_t memory, Access access) {

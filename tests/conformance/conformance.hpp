@@ -5,12 +5,14 @@
 
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "backends/backend.hpp"
 #include "backends/kernel_decorators.hpp"
 #include "backends/open.hpp"
+#include "backends/spapr_tce/spapr_control.hpp"
 #include "conformance/machine.hpp"
 #include "conformance/memory.hpp"
 
@@ -25,8 +27,12 @@ class Conformance : public testing::TestWithParam<Interface> {
   void TearDown() override;
 
   bool compat() const { return GetParam() == Interface::compat_v1 || GetParam() == Interface::compat_v2; }
-  /// type1 on a real container: no maps without a device, and none outlives the last one.
-  bool container() const { return GetParam() == Interface::type1_v1 || GetParam() == Interface::type1_v2; }
+  /// A VFIO container: no maps without a device, and none outlives the last one.
+  bool container() const { return type1() || spapr(); }
+  bool type1() const { return GetParam() == Interface::type1_v1 || GetParam() == Interface::type1_v2; }
+  /// sPAPR: windows instead of reserved ranges, version 2 with registered memory.
+  bool spapr() const { return GetParam() == Interface::spapr_v1 || spapr_v2(); }
+  bool spapr_v2() const { return GetParam() == Interface::spapr_v2; }
   bool version_1() const { return GetParam() == Interface::type1_v1 || GetParam() == Interface::compat_v1; }
 
   /// Another machine in the first one's place, with nothing open yet but the backend.
@@ -34,8 +40,12 @@ class Conformance : public testing::TestWithParam<Interface> {
   std::unique_ptr<Backend> open(int handed_in = -1, bool duplicate = false);
   std::unique_ptr<BackendSpace> make_space(const SpaceOptions& options = {});
   AttachedDevice attach(BackendSpace& space, std::size_t device = 0);
-  /// A space with the first device attached, and its witness.
+  /// A space with the first device attached, and its witness. On sPAPR version 2 with a second window.
   void make_default();
+  /// An IOVA above 4 GiB with room for a MiB; nothing where all windows are below.
+  std::optional<std::uint64_t> high_iova();
+  /// Bytes that the kernel charged for registered memory and mappings, windows left out.
+  Bytes charged();
 
   static IovaRange at(std::uint64_t iova, std::uint64_t pages) {
     return *IovaRange::from_length(Iova{iova}, Bytes{pages * os_page_bytes()});
@@ -65,16 +75,18 @@ class Conformance : public testing::TestWithParam<Interface> {
   AttachedDevice device_;
   std::unique_ptr<Witness> witness_;
   Bytes pinned_before_{};
+  Bytes locked_before_{};
 
   // Far from address 0, from interrupts and from the witness's scratch page; a multiple of 2 MiB.
   static constexpr std::uint64_t base = 0x1000'0000;
 };
 
-#define IOVANE_CONFORMANCE(suite)                                                                        \
-  INSTANTIATE_TEST_SUITE_P(Kernel, suite,                                                                \
-                           testing::Values(Interface::iommufd, Interface::type1_v2, Interface::type1_v1, \
-                                           Interface::compat_v2, Interface::compat_v1),                  \
-                           [](const auto& test) { return iovane::test::parameter_name(test.param); })
+#define IOVANE_CONFORMANCE(suite)                                                                         \
+  INSTANTIATE_TEST_SUITE_P(                                                                               \
+      Kernel, suite,                                                                                      \
+      testing::Values(Interface::iommufd, Interface::type1_v2, Interface::type1_v1, Interface::compat_v2, \
+                      Interface::compat_v1, Interface::spapr_v2, Interface::spapr_v1),                    \
+      [](const auto& test) { return iovane::test::parameter_name(test.param); })
 
 std::string parameter_name(Interface interface);
 

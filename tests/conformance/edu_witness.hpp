@@ -17,6 +17,6 @@ std::unique_ptr<Witness> make_edu_witness(backends::Kernel& kernel, backends::Ba
                                           const backends::AttachedDevice& device);
 
 /// Where the witness maps its scratch page; tests leave these granules alone.
-inline constexpr Iova witness_scratch{0x7f00'0000};
+inline constexpr Iova witness_scratch{0x3f00'0000};
 
 }  // namespace iovane::test

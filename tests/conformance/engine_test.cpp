@@ -20,7 +20,7 @@ class EngineContract : public Conformance {
  protected:
   void SetUp() override {
     Conformance::SetUp();
-    if (HasFatalFailure()) return;
+    if (HasFatalFailure() || IsSkipped()) return;
     open_engine(LayoutPolicy::engine_managed, *kernel_);
   }
   void TearDown() override {
@@ -132,7 +132,7 @@ TEST_P(EngineContract, overlap_cut_and_reserved_are_the_same_errors_everywhere) 
   EXPECT_EQ(address_space_.unmap(UnmapRequest::of(at(base + 8 * page_bytes(), 1))).error.code, Errc::not_found);
   const auto usable = address_space_.usable_ranges();
   ASSERT_TRUE(usable);
-  ASSERT_GE(usable->size(), 2U) << "these machines have an interrupt window";
+  ASSERT_GE(usable->size(), spapr() ? 1U : 2U) << "these machines have an interrupt window";
   const Completion reserved = address_space_.map(request((*usable)[0].last.value + 1, memory.page(0)));
   EXPECT_EQ(reserved.error.code, Errc::iova_reserved);
   EXPECT_TRUE(reads(*witness_, Iova{base + 3 * page_bytes()}, memory.page(3)));
@@ -148,7 +148,9 @@ TEST_P(EngineContract, one_bad_map_of_a_batch_fails_alone) {
   ASSERT_NE(hole, MAP_FAILED);
   const std::span<std::byte> unreadable{static_cast<std::byte*>(hole), os_page_bytes()};
   // The software IOMMU does not look at pages: there the call is made to fail as a kernel's would.
-  if (software) failing_->add({.request = map_call(), .nth = 2, .times = 1, .os_errno = EFAULT, .after_call = false});
+  // sPAPR's does, when it registers the memory.
+  if (software && !spapr_v2())
+    failing_->add({.request = map_call(), .nth = 2, .times = 1, .os_errno = EFAULT, .after_call = false});
   ASSERT_TRUE(queue_.stage(request(base, memory.page(0))));
   ASSERT_TRUE(queue_.stage(request(base + page_bytes(), unreadable)));
   ASSERT_TRUE(queue_.stage(request(base + 2 * page_bytes(), memory.page(1))));
@@ -166,13 +168,13 @@ TEST_P(EngineContract, neighbouring_unmaps_are_one_kernel_call) {
   const Memory memory{4};
   for (std::size_t i = 0; i < 4; ++i) ASSERT_TRUE(queue_.stage(request(base + 2 * i * page_bytes(), memory.page(i))));
   for (const Completion& c : run_queue()) ASSERT_TRUE(c.ok()) << c.error.message();
-  const std::uint64_t before = kernel_->calls();
+  const std::uint64_t before = kernel_->calls(unmap_call());
   for (std::size_t i = 0; i < 4; ++i) ASSERT_TRUE(queue_.stage(UnmapRequest::of(at(base + 2 * i * page_bytes(), 1))));
   for (const Completion& c : run_queue()) {
     EXPECT_TRUE(c.ok()) << c.error.message();
     EXPECT_EQ(c.bytes.value, page_bytes());
   }
-  EXPECT_EQ(kernel_->calls() - before, version_1() ? 4U : 1U);
+  EXPECT_EQ(kernel_->calls(unmap_call()) - before, version_1() ? 4U : 1U);
   for (std::size_t i = 0; i < 4; ++i)
     EXPECT_TRUE(cannot_read(*witness_, Iova{base + 2 * i * page_bytes()}, memory.page(i)));
 }
@@ -282,6 +284,7 @@ TEST_P(EngineContract, destroying_the_address_space_gives_everything_back) {
   witness_.reset();
   address_space_ = AddressSpace{};
   EXPECT_EQ(machine_->kernel().memlock().pinned, pinned_before_);
+  EXPECT_EQ(machine_->kernel().memlock().locked, locked_before_);
   ASSERT_TRUE(queue_.stage(request(base, memory.page(0))));
   EXPECT_EQ(run_queue().at(0).error.code, Errc::closed);
 }

@@ -12,13 +12,41 @@ namespace {
 
 using namespace backends;
 
+TEST(HostProbe, a_power_host_has_spapr_and_says_why_nothing_else) {
+  if (!machine_can_have(Interface::spapr_v2)) GTEST_SKIP() << "no POWER host";
+  const auto machine = make_machine({.interface = Interface::spapr_v2, .memlock = {}});
+  ASSERT_NE(machine, nullptr);
+  const auto host = probe_host(machine->kernel());
+  ASSERT_TRUE(host) << host.error().message();
+  EXPECT_EQ(host->choice, Interface::spapr_v2) << host->why;
+  for (const InterfaceReport& interface : host->interfaces) {
+    const bool spapr = interface.interface == Interface::spapr_v1 || interface.interface == Interface::spapr_v2;
+    EXPECT_EQ(interface.usable, spapr) << to_string(interface.interface) << ": " << interface.reason;
+    EXPECT_EQ(interface.usable, interface.reason.empty());
+  }
+  for (const std::string& address : machine->devices()) {
+    const auto reported = std::find_if(host->devices.begin(), host->devices.end(),
+                                       [&](const DeviceReport& d) { return d.pci.address == address; });
+    ASSERT_NE(reported, host->devices.end()) << address;
+    EXPECT_TRUE(reported->attachable) << reported->reason;
+    EXPECT_EQ(reported->attached_through, Interface::spapr_v2);
+    EXPECT_EQ(reported->usable.size(), 1U) << "the default window";
+    EXPECT_EQ(reported->iommu, "sPAPR TCE");
+  }
+}
+
 TEST(HostProbe, reports_what_an_attach_then_finds) {
+  if (!machine_can_have(Interface::iommufd)) GTEST_SKIP() << "this host has no iommufd";
   const auto machine = make_machine();
   ASSERT_NE(machine, nullptr);
   const auto host = probe_host(machine->kernel());
   ASSERT_TRUE(host) << host.error().message();
-  for (const InterfaceReport& interface : host->interfaces)
-    EXPECT_TRUE(interface.usable) << to_string(interface.interface) << ": " << interface.reason;
+  for (const InterfaceReport& interface : host->interfaces) {
+    const bool spapr = interface.interface == Interface::spapr_v1 || interface.interface == Interface::spapr_v2;
+    EXPECT_EQ(interface.usable, machine_can_have(interface.interface) && !spapr)
+        << to_string(interface.interface) << ": " << interface.reason;
+    EXPECT_EQ(interface.usable, interface.reason.empty());
+  }
   EXPECT_EQ(host->choice, Interface::iommufd) << host->why;
 
   const auto backend = open_backend(machine->kernel(), {});

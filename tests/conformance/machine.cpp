@@ -8,10 +8,26 @@
 
 namespace iovane::test {
 
-std::unique_ptr<Machine> make_machine(const MachineOptions& options) {
+namespace {
+
+bool in_lab() {
   const char* const lab = std::getenv("IOVANE_LAB");
-  if (lab != nullptr && std::string_view{lab} == "1") return make_lab_machine(options);
-  return make_model_machine(options);
+  return lab != nullptr && std::string_view{lab} == "1";
+}
+
+}  // namespace
+
+std::unique_ptr<Machine> make_machine(const MachineOptions& options) {
+  return in_lab() ? make_lab_machine(options) : make_model_machine(options);
+}
+
+bool machine_can_have(backends::Interface interface) {
+  const bool spapr = interface == backends::Interface::spapr_v1 || interface == backends::Interface::spapr_v2;
+#if defined(__powerpc64__)
+  return !in_lab() || spapr;
+#else
+  return !in_lab() || !spapr;
+#endif
 }
 
 }  // namespace iovane::test

@@ -22,6 +22,8 @@ class Machine {
 };
 
 struct MachineOptions {
+  /// The software IOMMU is made for it. A real machine has what it has.
+  backends::Interface interface = backends::Interface::iommufd;
   /// RLIMIT_MEMLOCK, enforced (CAP_IPC_LOCK goes while the machine lives); nothing: as it is, or unlimited.
   std::optional<Bytes> memlock;
 };
@@ -29,5 +31,8 @@ struct MachineOptions {
 /// With IOVANE_LAB=1 in the environment the running kernel, otherwise the software IOMMU. A machine per test. Null
 /// when the machine cannot be had that way.
 std::unique_ptr<Machine> make_machine(const MachineOptions& options = {});
+
+/// Whether that machine can have the interface at all: POWER has sPAPR and nothing else, other hosts everything else.
+bool machine_can_have(backends::Interface interface);
 
 }  // namespace iovane::test

@@ -25,7 +25,9 @@ TEST_P(MapContract, a_mapping_carries_bytes_both_ways) {
 TEST_P(MapContract, an_iova_above_4_gib_works) {
   make_default();
   const Memory memory{1};
-  const IovaRange range = at(0x12'3456'7000 & ~(std::uint64_t{os_page_bytes()} - 1), 1);
+  const auto high = high_iova();
+  if (!high) GTEST_SKIP() << "this platform's window is below 4 GiB";
+  const IovaRange range = at(*high + 3 * os_page_bytes(), 1);
   ASSERT_TRUE(map(range, memory.address()).error.ok());
   EXPECT_TRUE(reads(*witness_, range.start, memory.page(0)));
   EXPECT_TRUE(writes(*witness_, range.start, memory.page(0)));
@@ -80,6 +82,7 @@ TEST_P(MapContract, a_reserved_iova_is_refused_with_the_hole_named) {
   const Memory memory{1};
   const auto usable = space_->usable_ranges();
   ASSERT_TRUE(usable);
+  if (GetParam() == Interface::spapr_v1) GTEST_SKIP() << "one window, and nothing reserved in it";
   ASSERT_GE(usable->size(), 2U) << "this host reserves nothing in the middle";
   const std::uint64_t hole = (*usable)[0].last.value + 1;
   const auto result = map(at(hole, 1), memory.address());
@@ -91,6 +94,7 @@ TEST_P(MapContract, a_range_that_only_touches_a_hole_is_refused_whole) {
   make_default();
   const Memory memory{2};
   const auto usable = space_->usable_ranges();
+  if (GetParam() == Interface::spapr_v1) GTEST_SKIP() << "one window, and nothing reserved in it";
   ASSERT_TRUE(usable && usable->size() >= 2);
   const std::uint64_t hole = (*usable)[0].last.value + 1;
   EXPECT_EQ(map(at(hole - os_page_bytes(), 2), memory.address()).error.code, Errc::iova_reserved);
@@ -135,6 +139,10 @@ TEST_P(MapContract, read_only_memory_cannot_be_mapped_for_writing) {
   const Memory memory{1};
   ASSERT_EQ(::mprotect(memory.data(), memory.length().value, PROT_READ), 0);
   EXPECT_EQ(map(at(base, 1), memory.address()).error.code, Errc::bad_memory);
+  if (spapr_v2()) {  // registering pins for writing
+    EXPECT_EQ(map(at(base, 1), memory.address(), Access::read).error.code, Errc::bad_memory);
+    return;
+  }
   EXPECT_TRUE(map(at(base, 1), memory.address(), Access::read).error.ok());
   EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(0)));
   EXPECT_TRUE(unmap(at(base, 1)).error.ok());

@@ -52,6 +52,11 @@ class ModelMachine final : public Machine {
 std::unique_ptr<Machine> make_model_machine(const MachineOptions& options) {
   model::ModelOptions host;
   host.memlock = {.limit = options.memlock, .ipc_lock = false};
+  if (options.interface == Interface::spapr_v1 || options.interface == Interface::spapr_v2) {
+    host.iommufd = false;
+    host.spapr = model::SpaprOptions{};
+    for (model::DeviceOptions& device : host.devices) device.reserved.clear();
+  }
   auto kernel = model::ModelKernel::create(host);
   EXPECT_TRUE(kernel) << kernel.error().message();
   return kernel ? std::make_unique<ModelMachine>(std::move(*kernel)) : nullptr;

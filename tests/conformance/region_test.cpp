@@ -11,7 +11,7 @@ class RegionContract : public Conformance {
  protected:
   bool pins() const { return has(space_->facts().capabilities, Capability::explicit_pin); }
   bool copies() const { return has(space_->facts().capabilities, Capability::copy_reuses_pin); }
-  Bytes pinned() { return Bytes{kernel_->memlock().pinned.value - pinned_before_.value}; }
+  Bytes pinned() { return charged(); }
   RegionId registered(BackendSpace& space, const Memory& memory) {
     const auto region = space.register_memory({.address = memory.data(), .length = memory.length()});
     EXPECT_TRUE(region) << region.error().message();
@@ -59,7 +59,7 @@ TEST_P(RegionContract, a_copy_reaches_the_same_memory_without_a_second_pin) {
   const Memory memory{8};
   const RegionId region = registered(*space_, memory);
   EXPECT_EQ(copies(), GetParam() == Interface::iommufd);
-  EXPECT_EQ(pins(), GetParam() == Interface::iommufd);
+  EXPECT_EQ(pins(), GetParam() == Interface::iommufd || spapr_v2());
   if (!copies()) {
     EXPECT_EQ(run(*space_, region_op(OpKind::copy, region, at(base, 1), 0)).error.code, Errc::unsupported);
     return;
@@ -114,8 +114,11 @@ TEST_P(RegionContract, memory_known_to_two_spaces_is_pinned_once) {
   const RegionId here = registered(*space_, memory);
   const RegionId there = registered(*other, memory);
   EXPECT_EQ(pinned(), memory.length());
-  ASSERT_TRUE(run(*space_, region_op(OpKind::copy, here, at(base, 4), 0)).error.ok());
-  ASSERT_TRUE(run(*other, region_op(OpKind::copy, there, at(base, 4), 0)).error.ok());
+  const OpKind kind = copies() ? OpKind::copy : OpKind::map;
+  ASSERT_TRUE(run(*space_, region_op(kind, here, at(base, 4), 0)).error.ok());
+  if (!container()) {  // a container without a device takes none
+    ASSERT_TRUE(run(*other, region_op(kind, there, at(base, 4), 0)).error.ok());
+  }
   EXPECT_EQ(pinned(), memory.length());
   EXPECT_TRUE(other->unregister_memory(there));
   EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(0)));

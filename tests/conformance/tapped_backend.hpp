@@ -31,6 +31,13 @@ class TappedSpace final : public backends::BackendSpace {
   Result<std::vector<IovaRange>> usable_ranges() override { return inner_->usable_ranges(); }
   Result<void> promise(std::span<const IovaRange> ranges) override { return inner_->promise(ranges); }
   backends::Headroom headroom() noexcept override { return inner_->headroom(); }
+  Result<void> start_dirty_tracking(backends::DirtyHarvest& harvest) override {
+    return inner_->start_dirty_tracking(harvest);
+  }
+  Result<void> stop_dirty_tracking() override { return inner_->stop_dirty_tracking(); }
+  Result<void> read_dirty(const IovaRange& range, std::span<std::uint64_t> bitmap) noexcept override {
+    return inner_->read_dirty(range, bitmap);
+  }
 
  private:
   std::unique_ptr<backends::BackendSpace> inner_;

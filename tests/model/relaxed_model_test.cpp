@@ -109,6 +109,10 @@ TEST_P(RelaxedModel, AnswersAsStrictModeDoesAndNeverReusesEarly) {
         } else {
           ASSERT_TRUE(side->queue.stage_fence(0));
         }
+        // A map that its unmap overtakes in one phase cannot fail, and phases end at different places in the two modes.
+        if (with_failures) {
+          ASSERT_TRUE(side->queue.stage_fence(0));
+        }
       }
     }
     const auto expected = strict.finish();

@@ -72,12 +72,48 @@ std::string memlock_text(const backends::MemlockUse& use) {
 
 std::string parity_text(const HostReport& host) {
   if (host.parity.empty()) return {};
-  Table table{{{"feature"}, {"iommufd"}, {"type1"}, {"compat"}}};
+  Table table{{{"feature"}, {"iommufd"}, {"type1"}, {"compat"}, {"spapr"}}};
   const auto mark = [](bool has) { return has ? "yes" : "-"; };
   for (const auto& line : host.parity)
-    table.add(
-        {std::string{backends::to_string(line.capability)}, mark(line.iommufd), mark(line.type1), mark(line.compat)});
+    table.add({std::string{backends::to_string(line.capability)}, mark(line.iommufd), mark(line.type1),
+               mark(line.compat), mark(line.spapr)});
   return table.text() + '\n';
+}
+
+std::string measurement_text(const HostReport& host) {
+  if (!host.measurement) return fmt::format("not measured: {}\n\n", host.not_measured);
+  const backends::Measurement& m = *host.measurement;
+  Table table{{{"interface"}, {"bytes"}, {"map + unmap, us"}, {"copy + unmap, us"}}};
+  const auto us = [](std::uint64_t ns) {
+    return ns == 0 ? std::string{"-"} : fmt::format("{:.2f}", static_cast<double>(ns) / 1000);
+  };
+  for (const auto& cost : m.interfaces)
+    for (const auto& pair : cost.pairs)
+      table.add({std::string{backends::to_string(cost.interface)}, format_bytes(pair.length), us(pair.map_ns),
+                 us(pair.copy_ns)});
+  std::string text =
+      fmt::format("measured with {} in {:.1f} ms{}:\n{}", m.device, static_cast<double>(m.took_us) / 1000,
+                  m.cached ? ", earlier in this boot" : "", table.text());
+  if (m.copy_from().value != 0)
+    text +=
+        fmt::format("registered memory is mapped afresh below {} bytes, copied from there on\n", m.copy_from().value);
+  return text + '\n';
+}
+
+Json measurement_json(const HostReport& host) {
+  if (!host.measurement) return {{"why_not", host.not_measured}};
+  Json pairs = Json::array();
+  for (const auto& cost : host.measurement->interfaces)
+    for (const auto& pair : cost.pairs)
+      pairs.push_back({{"interface", backends::to_string(cost.interface)},
+                       {"bytes", pair.length.value},
+                       {"map_ns", pair.map_ns},
+                       {"copy_ns", pair.copy_ns}});
+  return {{"device", host.measurement->device},
+          {"took_us", host.measurement->took_us},
+          {"cached", host.measurement->cached},
+          {"copy_from", host.measurement->copy_from().value},
+          {"pairs", std::move(pairs)}};
 }
 
 Json ranges_json(const std::vector<IovaRange>& ranges) {
@@ -123,6 +159,7 @@ Json device_json(const backends::DeviceReport& d) {
 std::string probe_text(const HostReport& host) {
   std::string text = fmt::format("kernel: {}\n\n{}\n{}\n{}\n{}", host.kernel, interfaces_text(host), devices_text(host),
                                  memlock_text(host.memlock), parity_text(host));
+  text += measurement_text(host);
   text += fmt::format("auto picks: {}\n       why: {}\n",
                       host.choice ? backends::to_string(*host.choice) : "model, the software IOMMU", host.why);
   return text;
@@ -141,7 +178,8 @@ Json probe_json(const HostReport& host) {
     parity.push_back({{"feature", backends::to_string(line.capability)},
                       {"iommufd", line.iommufd},
                       {"type1", line.type1},
-                      {"compat", line.compat}});
+                      {"compat", line.compat},
+                      {"spapr", line.spapr}});
   return {{"format", 1},
           {"kernel", host.kernel},
           {"choice", host.choice ? backends::to_string(*host.choice) : "model"},
@@ -154,7 +192,8 @@ Json probe_json(const HostReport& host) {
             {"locked", host.memlock.locked.value},
             {"pinned", host.memlock.pinned.value},
             {"exempt", host.memlock.exempt}}},
-          {"parity", std::move(parity)}};
+          {"parity", std::move(parity)},
+          {"measurement", measurement_json(host)}};
 }
 
 }  // namespace iovane::cli

@@ -93,6 +93,12 @@ def _ask_loader(path: Path) -> list[Path]:
 def _search(path: Path, needed: list[str], wanted_loader: str | None, root: Path | None) -> list[tuple[Path, Path]]:
     if root is None or not root.is_dir():
         raise LabError(f"{path} is dynamically linked and there is no cross library directory: link it with -static")
+    # The toolchain's own libraries first; then where the program was linked, and Debian's multiarch directory.
+    directories = [root, *_run_path(path), Path("/usr/lib") / root.parent.name]
+
+    def locate(name: str) -> Path | None:
+        return next((directory / name for directory in directories if (directory / name).exists()), None)
+
     result: dict[Path, Path] = {}
     if wanted_loader:
         result[Path(wanted_loader)] = root / Path(wanted_loader).name
@@ -102,11 +108,18 @@ def _search(path: Path, needed: list[str], wanted_loader: str | None, root: Path
         guest = Path("/lib") / name
         if guest in result or (wanted_loader and name == Path(wanted_loader).name):
             continue
-        if not (root / name).exists():
-            raise LabError(f"{path} needs {name}, which is not in {root}: link it with -static")
-        result[guest] = root / name
-        queue += _dynamic(root / name)[0]
+        found = locate(name)
+        if found is None:
+            raise LabError(f"{path} needs {name}, which is in none of {', '.join(map(str, directories))}: link it with -static")
+        result[guest] = found
+        queue += _dynamic(found)[0]
     return list(result.items())
+
+
+def _run_path(path: Path) -> list[Path]:
+    text = subprocess.run(["readelf", "-W", "-d", str(path)], capture_output=True, text=True).stdout
+    found = re.search(r"\((?:RUNPATH|RPATH)\)\s+Library (?:runpath|rpath): \[(.*?)\]", text)
+    return [Path(entry) for entry in found.group(1).split(":") if entry.startswith("/")] if found else []
 
 
 def _dynamic(path: Path) -> tuple[list[str], str | None]:

@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "iovane/config.hpp"
+#include "iovane/dirty.hpp"
+#include "iovane/memory_lease.hpp"
+#include "iovane/page_fault.hpp"
 #include "iovane/queue.hpp"
 #include "iovane/request.hpp"
 #include "iovane/result.hpp"
@@ -20,6 +23,9 @@ namespace iovane {
 namespace engine {
 class SpaceCore;
 }
+namespace pinning {
+class Hold;
+}
 
 /// Facts about an address space that do not change while it lives (sizes and limits are as of the last attach).
 struct AddressSpaceFacts {
@@ -28,8 +34,9 @@ struct AddressSpaceFacts {
   std::uint64_t page_sizes = 0;   ///< bit n: hardware entries of 2^n bytes; 0 before the first attach
   std::uint64_t entries_max = 0;  ///< live mappings that the kernel accepts; 0: no such limit
   bool replace_is_atomic = false;
-  bool unmap_may_cut = false;  ///< the backend could cut mappings; the engine still refuses to by default
-  bool register_pins = false;  ///< registered memory is pinned once, and maps of it pin nothing more
+  bool unmap_may_cut = false;   ///< the backend could cut mappings; the engine still refuses to by default
+  bool register_pins = false;   ///< registered memory is pinned once, and maps of it pin nothing more
+  bool dirty_is_exact = false;  ///< dirty tracking tells written pages; false: everything mapped counts as written
 };
 
 /// A live mapping as the engine's index knows it.
@@ -122,11 +129,76 @@ class AddressSpace {
   /// Brings a device in. May narrow usable_ranges(); refused when that would take away a live mapping or a promise.
   Result<DeviceInfo> attach(const DeviceConfig& device);
   Result<void> detach(std::uint32_t device_id);
+  /// Moves a device to another address space of the same engine, while batches run in both. Where the interface can
+  /// (iommufd) the device translates through one or the other at every moment, and its descriptor stays; elsewhere
+  /// (type1) it has to leave and come back, which resets it and gives it a new descriptor, and only Gap::accept allows
+  /// that. On failure the device is where it was, unless the detail says that it could not go back. Both address spaces
+  /// wait for running batches. Errors: as attach()'s, and unsupported with Gap::refuse.
+  enum class Gap : std::uint8_t { refuse, accept };
+  Result<DeviceInfo> move_device(std::uint32_t device_id, AddressSpace& to, Gap gap = Gap::refuse);
+
+  /// For poll(2): readable while devices wait for pages. -1 without AddressSpaceConfig::page_faults, and before the
+  /// first device. Owned by the address space.
+  int page_fault_fd() const noexcept;
+  /// Takes up to out.size() page faults, oldest first. Never blocks on devices. Any thread.
+  Result<std::size_t> read_page_faults(std::span<PageFaultEvent> out) noexcept;
+  /// Lets the requests of `event`'s cookie go on: map the page first, then let the device try again, or let it fail.
+  /// Errors: not_found when nobody waits any more (answered, or its device was detached, which answers "fail").
+  Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
+
+  /// Records what devices write from now on; needs AddressSpaceConfig::dirty_tracking. Starting again forgets what was
+  /// recorded. Waits for running batches; unmaps cost a kernel call more until stop. Errors: unsupported (the
+  /// interface, the IOMMU, the config), no_device (type1 needs one first).
+  Result<void> start_dirty_tracking();
+  /// Stops, and forgets what was not read.
+  Result<void> stop_dirty_tracking();
+  /// Reads and clears: sets bit n of `bitmap` (least significant first) when a device wrote page n of `range` since the
+  /// page was last read, through mappings that live or that were unmapped meanwhile; other bits stay. The result is the
+  /// number of bits that were not set before. `page_size`: a power of two, at least the granule, that divides the
+  /// range's start and length. Large hardware entries count as written as a whole. Whether pages that nobody wrote are
+  /// named too is facts().dirty_is_exact. Any thread; batches run in between, at most a bounded time later. On an error
+  /// from the kernel the bitmap is complete all the same: what could not be read counts as written.
+  Result<std::uint64_t> read_dirty(const IovaRange& range, Bytes page_size, std::span<std::uint64_t> bitmap);
+  /// Takes the oldest runs of written pages whose mappings are gone, with the memory that they led to: for callers who
+  /// use an address again before they read. Each page is told once, here or by read_dirty(). Returns how many were
+  /// written to `out`.
+  std::size_t take_unmapped_dirty(std::span<DirtyRun> out) noexcept;
+  DirtyStats dirty_stats() const noexcept;
+
   /// IOVAs that can be mapped, sorted and disjoint: a snapshot.
   Result<std::vector<IovaRange>> usable_ranges() const;
 
   /// Registers memory for many maps: pinned once where the backend can.
   Result<Memory> register_memory(const MemoryConfig& memory);
+
+  /// The same after making the memory present, in parallel and on the nodes that own it, so that the kernel's pin finds
+  /// it there. Asks check_memlock() before. Blocks; errors: cancelled, bad_memory, unsupported beside those above.
+  Result<Memory> register_memory(const MemoryConfig& memory, const PopulateConfig& populate);
+  /// Whether pinning `planned` bytes more fits below RLIMIT_MEMLOCK as this backend charges it. ok, or memlock_exceeded
+  /// with need, limit, current use and what to change. Says nothing about what others pin meanwhile.
+  Result<void> check_memlock(Bytes planned) const;
+
+  /// Opens the cache behind acquire(); once. Errors: busy (it is open), invalid_argument, and with Staleness::monitored
+  /// permission or unsupported, which say what would allow it.
+  Result<void> open_cache(const CacheConfig& config = {});
+  /// A lease on an IOVA for this memory: of this process, or a piece of registered memory (which on iommufd needs no
+  /// further pin). Memory that was acquired before, or lies beside such memory, needs no kernel call and no lock; the
+  /// rest is pinned and mapped in chunks, once, however many threads ask. Any alignment. Released mappings stay until
+  /// the budget needs their room. length() of the lease says how far it reaches: at least to the end of the granule.
+  /// Any thread. Errors: closed (no cache is open), invalid_argument, bad_memory, memlock_exceeded (everything is in
+  /// use; with limit, use and need), entry_limit, iova_exhausted, busy (the memory keeps changing), stale_handle.
+  Result<MemoryLease> acquire(const MemoryPiece& memory, Access access = Access::read_write) noexcept;
+  /// A lease that any thread may release, for long uses; costs two atomic operations more.
+  Result<MemoryLease> acquire_portable(const MemoryPiece& memory, Access access = Access::read_write) noexcept;
+  /// Leases for all of the memory, in order; returns how many. limit_reached when they do not fit into `out`.
+  Result<std::size_t> acquire_all(const MemoryPiece& memory, Access access, std::span<MemoryLease> out) noexcept;
+  /// To be called before memory is unmapped, discarded or given other contents behind the kernel's back: what is cached
+  /// of it is never handed out again and is unmapped, at once where nobody uses it, else when it is released. Returns
+  /// how many mappings left. Any thread.
+  std::size_t invalidate(const MemoryPiece& memory) noexcept;
+  /// Unmaps cached mappings that nobody uses until about so many bytes came free; returns how many did.
+  Bytes evict(Bytes bytes) noexcept;
+  CacheStats cache_stats() const noexcept;
 
   Result<Queue> open_queue(const QueueConfig& config = {});
 
@@ -154,6 +226,7 @@ class AddressSpace {
  private:
   friend class Engine;
   explicit AddressSpace(std::shared_ptr<engine::SpaceCore> core) noexcept;
+  Result<MemoryLease> counted(pinning::Hold&& hold) noexcept;
   std::shared_ptr<engine::SpaceCore> core_;
 };
 

@@ -48,4 +48,18 @@ struct Stats {
   DurationSummary batch_time{};  ///< planning and executing a batch; one in sixteen is timed
 };
 
+/// A snapshot of an address space's cache; all zero while none is open. Hits are not counted: that would cost more than
+/// a hit.
+struct CacheStats {
+  std::uint64_t misses = 0;         ///< acquisitions that found something missing
+  std::uint64_t waits = 0;          ///< of those: waited for another thread's pin of the same memory
+  std::uint64_t mappings_made = 0;  ///< chunks pinned and mapped
+  std::uint64_t evictions = 0;      ///< mappings unmapped to make room
+  std::uint64_t invalidations = 0;  ///< mappings that left because their memory changed
+  std::uint64_t stale_in_use = 0;   ///< of those: seen in use, quarantined until released
+  std::uint64_t mappings_lost = 0;  ///< gauge: the unmap failed; pinned and charged for good
+  std::uint64_t retired = 0;        ///< gauge: out of the cache, waiting for their leases
+  Bytes bytes_pinned{};             ///< gauge, as charged to memlock
+};
+
 }  // namespace iovane

@@ -1,0 +1,126 @@
+// Devices at work: a device moves from one address space to another, and a device waits for a page.
+#include <functional>
+#include <utility>
+
+#include "base/error_text.hpp"
+#include "engine/engine_core.hpp"
+#include "engine/space_core.hpp"
+
+namespace iovane::engine {
+
+using base::fail;
+
+namespace {
+
+/// Holds two lanes, always in the same order, so that opposite moves cannot wait for each other.
+class TwoLanes {
+ public:
+  TwoLanes(Lane& a, Lane& b) noexcept
+      : first_{std::less<Lane*>{}(&a, &b) ? a : b}, second_{std::less<Lane*>{}(&a, &b) ? b : a} {
+    first_.hold();
+    second_.hold();
+  }
+  ~TwoLanes() {
+    second_.leave();
+    first_.leave();
+  }
+  TwoLanes(const TwoLanes&) = delete;
+  TwoLanes& operator=(const TwoLanes&) = delete;
+
+ private:
+  Lane& first_;
+  Lane& second_;
+};
+
+}  // namespace
+
+Result<DeviceInfo> SpaceCore::move_device(std::uint32_t device_id, SpaceCore& to, AddressSpace::Gap gap) {
+  if (&to == this || engine_ != to.engine_)
+    return make_error(Errc::invalid_argument, Stage::attach,
+                      "a device moves between two different address spaces of one engine");
+  const TwoLanes held{lane_, to.lane_};
+  if (state_.closed || to.state_.closed) return closed_error();
+  backends::Backend& backend = engine_->backend();
+  auto moved = backend.move_device(*state_.backend, backends::DeviceId{device_id}, *to.state_.backend);
+  if (moved) {
+    if (const auto fits = to.refresh_usable(); !fits) {
+      const auto back = backend.move_device(*to.state_.backend, moved->id, *state_.backend);
+      (void)to.refresh_usable();
+      if (back) return fits.error();
+      return fail(fits.error().code, Stage::attach, fits.error().os_errno,
+                  "{}; and the device could not go back ({}), so it stays in the address space it was moved to",
+                  fits.error().detail(), back.error().detail());
+    }
+    return to.moved_in(*std::move(moved), *this);
+  }
+  if (moved.error().code != Errc::unsupported || gap == AddressSpace::Gap::refuse) return moved.error();
+  return move_with_gap(device_id, to);
+}
+
+// Both lanes are held. The target's ranges are known to fit.
+Result<DeviceInfo> SpaceCore::moved_in(backends::AttachedDevice device, SpaceCore& from) {
+  refresh_facts();
+  from.refresh_facts();
+  (void)from.refresh_usable();  // a device less takes nothing away
+  return DeviceInfo{device.id.value, std::move(device.name), device.device_fd, std::move(device.reserved)};
+}
+
+// Out and in again, by the device's name.
+Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& to) {
+  const auto name = device_names_.find(device_id);
+  if (name == device_names_.end())
+    return fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this address space", device_id);
+  const backends::DeviceSource source = name->second;
+  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached.error();
+  device_names_.erase(name);
+  auto attached = to.state_.backend->attach(source);
+  Error refused = attached.error();
+  if (attached) {
+    if (const auto fits = to.refresh_usable(); !fits) {
+      refused = fits.error();
+      (void)to.state_.backend->detach(attached->id);
+      (void)to.refresh_usable();
+    }
+  }
+  if (!refused) {
+    to.device_names_[attached->id.value] = source;
+    return to.moved_in(*std::move(attached), *this);
+  }
+  const auto back = state_.backend->attach(source);
+  if (back) device_names_[back->id.value] = source;
+  refresh_facts();
+  (void)refresh_usable();
+  if (back)
+    return fail(refused.code, Stage::attach, refused.os_errno, "{}; the device is back where it was, as device {}",
+                refused.detail(), back->id.value);
+  return fail(refused.code, Stage::attach, refused.os_errno,
+              "{}; going back failed too ({}), so the device is attached nowhere", refused.detail(),
+              back.error().detail());
+}
+
+int SpaceCore::page_fault_fd() noexcept {
+  const LaneHold held{lane_};
+  return state_.closed ? -1 : state_.backend->page_fault_fd();
+}
+
+Result<std::size_t> SpaceCore::read_page_faults(std::span<PageFaultEvent> out) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  for (std::size_t filled = 0; filled < out.size();) {
+    backends::PageFault fault;
+    const auto got = state_.backend->read_page_faults({&fault, 1});
+    if (!got && filled == 0) return got.error();
+    if (!got || *got == 0) return filled;
+    out[filled++] = {fault.device,     fault.address, fault.length, fault.access, fault.execute,
+                     fault.privileged, fault.pasid,   fault.group,  fault.last,   fault.cookie};
+  }
+  return out.size();
+}
+
+Result<void> SpaceCore::answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  return state_.backend->answer_page_fault(event.cookie, answer == PageFaultAnswer::retry);
+}
+
+}  // namespace iovane::engine

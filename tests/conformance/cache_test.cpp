@@ -1,0 +1,321 @@
+// AddressSpace::acquire() on every interface, with a device's DMA as the proof: what is cached is right, what has left
+// the cache is out of reach, and memory seen before costs no kernel call.
+#include <sys/mman.h>
+
+#include <chrono>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "backends/uapi/iommufd.hpp"
+#include "backends/uapi/vfio.hpp"
+#include "conformance/conformance.hpp"
+#include "conformance/tapped_backend.hpp"
+#include "engine/engine_core.hpp"
+#include "iovane/engine.hpp"
+#include "support/seed.hpp"
+
+namespace iovane::test {
+namespace {
+
+using namespace iovane::literals;
+
+class CacheContract : public Conformance {
+ protected:
+  void TearDown() override {
+    close();
+    Conformance::TearDown();
+  }
+  void close() {
+    witness_.reset();
+    address_space_ = AddressSpace{};
+    engine_ = Engine{};
+  }
+  void open_cache(CacheConfig config = {}) {
+    open_space();
+    if (HasFatalFailure()) return;
+    config.ceiling = low_addresses;
+    const auto opened = address_space_.open_cache(config);
+    ASSERT_TRUE(opened) << opened.error().message();
+  }
+  void open_space() {
+    backend_.reset();
+    auto backend = open_backend(*kernel_, {.name = std::string{to_string(GetParam())}, .descriptor = {}});
+    ASSERT_TRUE(backend) << backend.error().message();
+    engine_ = EngineAccess::open(std::make_unique<TappedBackend>(*std::move(backend), inner_),
+                                 std::string{to_string(GetParam())});
+    auto space = engine_.create_address_space({});
+    ASSERT_TRUE(space) << space.error().message();
+    address_space_ = *std::move(space);
+    const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
+    ASSERT_TRUE(device) << device.error().message();
+    AttachedDevice attached;
+    attached.id = DeviceId{device->id};
+    attached.name = device->name;
+    attached.device_fd = device->device_fd;
+    witness_ = machine_->witness(*inner_, attached);
+    ASSERT_NE(witness_, nullptr);
+  }
+  MemoryLease acquire(std::span<std::byte> memory, Access access = Access::read_write) {
+    auto lease = address_space_.acquire(MemoryPiece::of(memory), access);
+    EXPECT_TRUE(lease) << lease.error().message();
+    return lease ? *std::move(lease) : MemoryLease{};
+  }
+  std::uint64_t unmap_calls() const {
+    return kernel_->calls(GetParam() == Interface::iommufd ? uapi::iommufd::IoasUnmap::request
+                                                           : uapi::vfio::Type1DmaUnmap::request);
+  }
+  std::uint64_t page_bytes() const { return os_page_bytes(); }
+  /// Nothing waits for a lease any more: what the monitor saw has been unmapped.
+  bool drained() {
+    for (int i = 0; i < 2000; ++i) {
+      if (address_space_.cache_stats().retired == 0) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds{2});
+    }
+    return false;
+  }
+
+  // The witness has a page of its own high up, of which the engine's allocator knows nothing.
+  static constexpr Iova low_addresses{0xffff'ffff};
+
+  Engine engine_;
+  AddressSpace address_space_;
+  BackendSpace* inner_ = nullptr;
+};
+
+TEST_P(CacheContract, memory_seen_before_costs_no_kernel_call_and_is_right) {
+  open_cache({.chunk = Bytes{2 * page_bytes()}});
+  if (HasFatalFailure()) return;
+  const Memory memory{8};
+  std::vector<Iova> first;
+  for (std::size_t i = 0; i < 8; ++i) {
+    const auto lease = acquire(memory.page(i));
+    first.push_back(lease.iova());
+    EXPECT_TRUE(reads(*witness_, lease.iova(), memory.page(i)));
+    EXPECT_TRUE(writes(*witness_, lease.iova(), memory.page(i)));
+  }
+  const std::uint64_t before = kernel_->calls();
+  for (std::size_t i = 0; i < 8; ++i) {
+    const auto lease = acquire(memory.page(i).subspan(100, 60));  // of any alignment
+    EXPECT_EQ(lease.iova().value, first[i].value + 100);
+    EXPECT_EQ(lease.length().value, 60U);
+  }
+  EXPECT_EQ(kernel_->calls(), before);
+  const auto lease = acquire(memory.page(5).subspan(256));
+  EXPECT_TRUE(reads(*witness_, lease.iova(), memory.page(5).subspan(256)));
+}
+
+TEST_P(CacheContract, an_evicted_page_is_out_of_reach_and_a_cached_one_still_right) {
+  open_cache({.chunk = Bytes{page_bytes()}, .bytes_max = Bytes{4 * page_bytes()}, .evict_min = 1});
+  if (HasFatalFailure()) return;
+  std::vector<Memory> memories;
+  for (unsigned i = 0; i < 6; ++i) memories.emplace_back(1, 100 + i);
+  std::vector<Iova> where;
+  for (const Memory& m : memories) {
+    auto lease = acquire(m.page(0));
+    where.push_back(lease.iova());
+    lease.release();
+  }
+  EXPECT_GE(address_space_.cache_stats().evictions, 2U);
+  EXPECT_LE(address_space_.cache_stats().bytes_pinned.value, 4 * page_bytes());
+  const auto kept = acquire(memories[5].page(0));
+  (void)address_space_.evict(Bytes{~std::uint64_t{0}});
+  EXPECT_TRUE(reads(*witness_, kept.iova(), memories[5].page(0)));
+  EXPECT_TRUE(writes(*witness_, kept.iova(), memories[5].page(0)));
+  for (std::size_t i = 0; i < 5; ++i) {
+    EXPECT_TRUE(cannot_read(*witness_, where[i], memories[i].page(0))) << i;
+    EXPECT_TRUE(cannot_write(*witness_, where[i], memories[i].page(0))) << i;
+  }
+  EXPECT_EQ(address_space_.cache_stats().bytes_pinned.value, page_bytes());
+}
+
+TEST_P(CacheContract, invalidated_memory_is_out_of_reach_unless_in_use_and_then_when_released) {
+  open_cache({.chunk = Bytes{page_bytes()}});
+  if (HasFatalFailure()) return;
+  Memory memory{2};
+  auto idle = acquire(memory.page(0));
+  auto used = acquire(memory.page(1));
+  const Iova idle_at = idle.iova();
+  const Iova used_at = used.iova();
+  idle.release();
+  EXPECT_EQ(address_space_.invalidate(MemoryPiece::of(memory.bytes())), 2U);
+  EXPECT_TRUE(cannot_read(*witness_, idle_at, memory.page(0)));
+  EXPECT_TRUE(reads(*witness_, used_at, memory.page(1))) << "a lease keeps its mapping";
+  const auto again = acquire(memory.page(1));
+  EXPECT_NE(again.iova(), used_at) << "never handed out again";
+  EXPECT_EQ(address_space_.cache_stats().stale_in_use, 1U);
+  used.release();
+  (void)address_space_.evict(Bytes{1});
+  EXPECT_TRUE(cannot_read(*witness_, used_at, memory.page(1)));
+  EXPECT_TRUE(reads(*witness_, again.iova(), memory.page(1)));
+}
+
+// The seed's storage stack: buffers come from a small pool, in any order, cut anywhere.
+TEST_P(CacheContract, a_replay_over_a_small_pool_makes_no_kernel_call_after_warm_up) {
+  open_cache();
+  if (HasFatalFailure()) return;
+  const Memory pool{64};
+  std::mt19937_64 random{seed()};
+  const auto draw = [&] {
+    const std::size_t at = random() % (pool.length().value - 512);
+    return pool.bytes().subspan(at, 1 + random() % std::min<std::size_t>(16384, pool.length().value - at));
+  };
+  std::vector<MemoryLease> leases(8);
+  for (std::size_t i = 0; i < 64; ++i) acquire(pool.page(i)).release();
+  const std::uint64_t before = kernel_->calls();
+  std::uint64_t by_witness = 0;  // driving a real device's registers takes calls, too
+  for (int i = 0; i < 20'000; ++i) {
+    const auto buffer = draw();
+    const auto count = address_space_.acquire_all(MemoryPiece::of(buffer), Access::read_write, leases);
+    ASSERT_TRUE(count) << count.error().message();
+    if (i % 5000 == 0) {
+      const std::uint64_t so_far = kernel_->calls();
+      EXPECT_TRUE(reads(*witness_, leases[0].iova(), buffer.first(std::min<std::size_t>(8, buffer.size()))));
+      by_witness += kernel_->calls() - so_far;
+    }
+    for (std::size_t l = 0; l < *count; ++l) leases[l].release();
+  }
+  EXPECT_EQ(kernel_->calls() - by_witness, before);
+  EXPECT_EQ(address_space_.cache_stats().evictions, 0U);
+}
+
+TEST_P(CacheContract, an_eviction_shares_kernel_calls_between_neighbours) {
+  open_cache({.chunk = Bytes{page_bytes()}});
+  if (HasFatalFailure()) return;
+  const Memory memory{32};
+  for (std::size_t i = 0; i < 32; ++i) acquire(memory.page(i)).release();
+  const std::uint64_t before = unmap_calls();
+  EXPECT_EQ(address_space_.evict(Bytes{~std::uint64_t{0}}), memory.length());
+  const std::uint64_t calls = unmap_calls() - before;
+  if (version_1())
+    EXPECT_EQ(calls, 32U) << "version 1 unmaps one mapping per call";
+  else
+    EXPECT_LE(calls, 16U);
+}
+
+TEST_P(CacheContract, registered_memory_is_acquired_by_offset) {
+  open_cache();
+  if (HasFatalFailure()) return;
+  const Memory memory{64};
+  auto registered = address_space_.register_memory({memory.data(), memory.length(), -1, 0});
+  ASSERT_TRUE(registered) << registered.error().message();
+  const Bytes pinned = machine_->kernel().memlock().pinned;
+  Iova where{};
+  {
+    const auto lease = address_space_.acquire(registered->piece(Bytes{3 * page_bytes() + 16}, Bytes{page_bytes()}),
+                                              Access::read_write);
+    ASSERT_TRUE(lease) << lease.error().message();
+    where = lease->iova();
+    EXPECT_TRUE(reads(*witness_, where, memory.bytes().subspan(3 * page_bytes() + 16)));
+  }
+  if (GetParam() == Interface::iommufd) {
+    EXPECT_EQ(machine_->kernel().memlock().pinned, pinned) << "a copy shares the pin";
+    EXPECT_EQ(address_space_.cache_stats().bytes_pinned.value, 0U);
+  }
+  EXPECT_FALSE(address_space_.acquire(registered->piece(memory.length(), Bytes{1})));
+  const MemoryPiece last = registered->piece(Bytes{memory.length().value - 1}, Bytes{1});
+  EXPECT_TRUE(address_space_.acquire(last));
+  *registered = iovane::Memory{};
+  EXPECT_TRUE(cannot_read(*witness_, where, memory.bytes().subspan(3 * page_bytes() + 16)));
+  EXPECT_EQ(address_space_.acquire(last).error().code, Errc::stale_handle);
+}
+
+TEST_P(CacheContract, populated_memory_is_registered_and_reported) {
+  open_cache();
+  if (HasFatalFailure()) return;
+  const std::size_t bytes = 64 * page_bytes();
+  void* const room = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(room, MAP_FAILED);
+  {
+    Bytes seen{};
+    auto registered = address_space_.register_memory({room, Bytes{bytes}, -1, 0},
+                                                     {.threads = 2, .progress = [&](Bytes done, Bytes total) {
+                                                        EXPECT_EQ(total.value, bytes);
+                                                        seen = done;
+                                                        return true;
+                                                      }});
+    ASSERT_TRUE(registered) << registered.error().message();
+    EXPECT_EQ(seen.value, bytes);
+    EXPECT_TRUE(address_space_.acquire(registered->piece({}, Bytes{1})));
+    const auto cancelled =
+        address_space_.register_memory({room, Bytes{bytes}, -1, 0}, {.progress = [](Bytes, Bytes) { return false; }});
+    EXPECT_EQ(cancelled.error().code, Errc::cancelled);
+  }
+  close();
+  ::munmap(room, bytes);
+}
+
+TEST_P(CacheContract, remapped_memory_is_seen_by_the_monitor) {
+  open_space();
+  if (HasFatalFailure()) return;
+  const auto opened = address_space_.open_cache(
+      {.chunk = Bytes{page_bytes()}, .ceiling = low_addresses, .staleness = Staleness::monitored_except_fork});
+  if (!opened && opened.error().code == Errc::permission) GTEST_SKIP() << opened.error().message();
+  ASSERT_TRUE(opened) << opened.error().message();
+  const Memory memory{1, 5};
+  const std::vector<std::byte> before{memory.bytes().begin(), memory.bytes().end()};
+  const Iova old = acquire(memory.page(0)).iova();
+  ASSERT_EQ(::mmap(memory.data(), page_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0),
+            memory.data());
+  std::fill(memory.bytes().begin(), memory.bytes().end(), std::byte{0x42});
+  const auto fresh = acquire(memory.page(0));
+  EXPECT_TRUE(reads(*witness_, fresh.iova(), memory.page(0))) << "the device must see what the address holds now";
+  EXPECT_TRUE(drained());
+  EXPECT_TRUE(cannot_read(*witness_, old, before));
+}
+
+TEST_P(CacheContract, the_kernels_memlock_limit_evicts_instead_of_failing) {
+  if (GetParam() == Interface::spapr_v1 || GetParam() == Interface::spapr_v2)
+    GTEST_SKIP() << "sPAPR charges windows and registered memory, not mappings";
+  restart({.memlock = 1_MiB});
+  ASSERT_NE(machine_, nullptr) << "this machine cannot limit pinned memory";
+  open_cache({.chunk = 64_KiB});
+  if (HasFatalFailure()) return;
+  const Memory memory{1024};  // four times the limit
+  for (std::size_t i = 0; i < 1024; i += 16) {
+    const auto lease = acquire(memory.page(i));
+    ASSERT_TRUE(lease);
+    if (i % 256 == 0) {
+      EXPECT_TRUE(reads(*witness_, lease.iova(), memory.page(i)));
+    }
+  }
+  EXPECT_GT(address_space_.cache_stats().evictions, 40U);
+  // The software IOMMU's limit is its own, not this process's.
+  const bool real = !machine_->kernel().description().starts_with("model");
+  EXPECT_EQ(address_space_.check_memlock(64_MiB).error().code, real ? Errc::memlock_exceeded : Errc::ok);
+}
+
+TEST_P(CacheContract, everything_in_use_is_a_clear_refusal) {
+  open_cache({.chunk = Bytes{page_bytes()}, .bytes_max = Bytes{2 * page_bytes()}});
+  if (HasFatalFailure()) return;
+  const Memory memory{3};
+  const auto a = acquire(memory.page(0));
+  const auto b = acquire(memory.page(1));
+  const auto refused = address_space_.acquire(MemoryPiece::of(memory.page(2)));
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, Errc::memlock_exceeded);
+  EXPECT_NE(refused.error().detail().find(std::to_string(2 * page_bytes())), std::string::npos);
+  EXPECT_TRUE(reads(*witness_, a.iova(), memory.page(0)));
+  EXPECT_TRUE(reads(*witness_, b.iova(), memory.page(1)));
+}
+
+TEST_P(CacheContract, closing_gives_every_pin_back_and_leases_may_end_later) {
+  open_cache();
+  if (HasFatalFailure()) return;
+  const Memory memory{4};
+  auto lease = acquire(memory.page(0));
+  auto portable = address_space_.acquire_portable(MemoryPiece::of(memory.page(1)));
+  ASSERT_TRUE(portable) << portable.error().message();
+  std::thread{[other = *std::move(portable)]() mutable { other.release(); }}.join();
+  auto outliving = address_space_.acquire_portable(MemoryPiece::of(memory.page(2)));
+  ASSERT_TRUE(outliving);
+  close();
+  EXPECT_EQ(machine_->kernel().memlock().pinned, pinned_before_);
+  lease.release();
+  outliving->release();
+}
+
+IOVANE_CONFORMANCE(CacheContract);
+
+}  // namespace
+}  // namespace iovane::test

@@ -1,0 +1,312 @@
+// What only sPAPR has: windows, registered memory, replacing in place, error handling. The same on the model and on
+// POWER.
+#include <fmt/format.h>
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <fstream>
+
+#include "backends/uapi/vfio.hpp"
+#include "conformance/conformance.hpp"
+
+namespace iovane::test {
+namespace {
+
+class SpaprContract : public Conformance {
+ protected:
+  SpaprControl& control() { return *space_->spapr(); }
+  std::uint64_t locked() { return kernel_->memlock().locked.value; }
+};
+
+/// 4 MiB that may be mapped with large TCEs: huge pages where the kernel has some.
+class LargeMemory {
+ public:
+  static constexpr std::size_t bytes = 4U << 20;
+  LargeMemory() {
+    std::ofstream{"/proc/sys/vm/nr_hugepages"} << 8;  // root in the lab; elsewhere without effect
+    data_ = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+    if (data_ == MAP_FAILED) {
+      void* const base = ::mmap(nullptr, 2 * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      data_ = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(base) + bytes - 1) & ~(bytes - 1));
+      huge_ = false;
+    }
+    for (std::size_t i = 0; i < bytes; ++i) span()[i] = static_cast<std::byte>(i * 29 + i / 4096);
+  }
+  LargeMemory(const LargeMemory&) = delete;
+  LargeMemory& operator=(const LargeMemory&) = delete;
+  ~LargeMemory() { ::munmap(data_, bytes); }
+  bool huge() const { return huge_; }
+  std::span<std::byte> span() const { return {static_cast<std::byte*>(data_), bytes}; }
+  std::uint64_t address() const { return reinterpret_cast<std::uintptr_t>(data_); }
+
+ private:
+  void* data_ = nullptr;
+  bool huge_ = true;
+};
+
+TEST_P(SpaprContract, the_platform_says_what_windows_it_can_make) {
+  space_ = make_space();
+  EXPECT_EQ(control().limits().error().code, Errc::no_device);
+  EXPECT_TRUE(control().windows().empty());
+  device_ = attach(*space_);
+  const auto limits = control().limits();
+  ASSERT_TRUE(limits) << limits.error().message();
+  ASSERT_EQ(control().windows().size(), 1U);
+  const SpaprWindow window = control().windows().front();
+  EXPECT_TRUE(window.is_default);
+  EXPECT_EQ(window.range, limits->default_window);
+  EXPECT_EQ(window.page, Bytes{4096});
+  EXPECT_GT(window.table.value, 0U) << "its table is charged to the process";
+  EXPECT_EQ(limits->page_sizes != 0, spapr_v2());
+  std::printf("window of %llu MiB: %llu bytes charged; page sizes %#llx, %u windows, %u levels\n",
+              static_cast<unsigned long long>(window.range.length().value >> 20),
+              static_cast<unsigned long long>(window.table.value), static_cast<unsigned long long>(limits->page_sizes),
+              limits->windows_max, limits->levels_max);
+}
+
+TEST_P(SpaprContract, a_window_is_made_used_and_removed) {
+  space_ = make_space();
+  device_ = attach(*space_);
+  witness_ = machine_->witness(*space_, device_);
+  ASSERT_NE(witness_, nullptr);
+  if (!spapr_v2()) {
+    EXPECT_EQ(control().create_window({.length = Bytes{1 << 20}, .page = Bytes{4096}}).error().code, Errc::unsupported);
+    EXPECT_EQ(control().remove_window(Iova{0}).error().code, Errc::unsupported);
+    return;
+  }
+  const std::uint64_t before = locked();
+  const auto window = control().create_window({.length = Bytes{16U << 20}, .page = Bytes{4096}});
+  ASSERT_TRUE(window) << window.error().message();
+  EXPECT_EQ(locked() - before, window->table.value);
+  EXPECT_EQ(space_->usable_ranges()->size(), 2U);
+  const Memory memory{2};
+  const Iova last{window->range.last.value - os_page_bytes() + 1};
+  ASSERT_TRUE(map(at(last.value, 1), memory.address()).error.ok());
+  EXPECT_TRUE(reads(*witness_, last, memory.page(0)));
+  EXPECT_TRUE(writes(*witness_, last, memory.page(0)));
+  EXPECT_EQ(control().remove_window(window->range.start).error().code, Errc::busy);
+  EXPECT_EQ(unmap(at(last.value, 1)).bytes, Bytes{os_page_bytes()});
+  EXPECT_TRUE(cannot_write(*witness_, last, memory.page(0)));
+  EXPECT_EQ(control().create_window({.length = Bytes{1 << 20}, .page = Bytes{4096}}).error().code, Errc::limit_reached);
+  ASSERT_TRUE(control().remove_window(window->range.start));
+  EXPECT_EQ(control().remove_window(window->range.start).error().code, Errc::not_found);
+  EXPECT_EQ(locked(), before);
+  EXPECT_EQ(map(at(last.value, 1), memory.address()).error.code, Errc::iova_reserved);
+  EXPECT_TRUE(cannot_read(*witness_, last, memory.page(0))) << "the window is gone";
+  EXPECT_TRUE(cannot_write(*witness_, last, memory.page(0)));
+}
+
+TEST_P(SpaprContract, without_the_default_window_the_next_one_begins_at_zero) {
+  if (!spapr_v2()) return;
+  space_ = make_space();
+  device_ = attach(*space_);
+  ASSERT_TRUE(control().remove_window(control().windows().front().range.start));
+  EXPECT_TRUE(space_->usable_ranges()->empty());
+  const auto first = control().create_window({.length = Bytes{64U << 20}, .page = Bytes{4096}});
+  ASSERT_TRUE(first) << first.error().message();
+  EXPECT_EQ(first->range.start, Iova{0});
+  EXPECT_FALSE(first->is_default);
+}
+
+TEST_P(SpaprContract, a_window_that_cannot_be_is_refused_with_its_reason) {
+  if (!spapr_v2()) return;
+  space_ = make_space();
+  EXPECT_EQ(control().create_window({.length = Bytes{1 << 20}}).error().code, Errc::no_device);
+  device_ = attach(*space_);
+  EXPECT_EQ(control().create_window({.length = Bytes{1 << 20}, .page = Bytes{8192}}).error().code, Errc::unsupported);
+  EXPECT_EQ(control().create_window({.length = Bytes{3 << 20}, .page = Bytes{4096}}).error().code,
+            Errc::invalid_argument);
+  EXPECT_EQ(control().create_window({.length = Bytes{4096}, .page = Bytes{65536}}).error().code,
+            Errc::invalid_argument);
+  EXPECT_EQ(control().create_window({.length = Bytes{1 << 20}, .page = Bytes{4096}, .levels = 99}).error().code,
+            Errc::unsupported);
+  EXPECT_EQ(control().windows().size(), 1U);
+}
+
+TEST_P(SpaprContract, large_pages_are_one_tce_each) {
+  if (!spapr_v2()) return;
+  space_ = make_space();
+  device_ = attach(*space_);
+  const auto limits = control().limits();
+  ASSERT_TRUE(limits);
+  const LargeMemory memory;
+  const auto region = space_->register_memory({.address = memory.span().data(), .length = Bytes{memory.bytes}});
+  ASSERT_TRUE(region) << region.error().message();
+  for (const std::uint64_t page : {std::uint64_t{65536}, std::uint64_t{2U << 20}}) {
+    if ((limits->page_sizes & page) == 0) continue;
+    const auto window = control().create_window({.length = Bytes{page * 64}, .page = Bytes{page}});
+    ASSERT_TRUE(window) << window.error().message();
+    EXPECT_EQ(space_->facts().page_sizes, 4096 | page);
+    witness_ = machine_->witness(*space_, device_);
+    const std::uint64_t start = window->range.start.value;
+    const BackendOp op{
+        .kind = OpKind::map,
+        .access = Access::read_write,
+        .region = *region,
+        .range = *IovaRange::from_length(Iova{start + page}, Bytes{2 * page < memory.bytes ? 2 * page : page}),
+        .memory = 0};
+    const auto mapped = run(*space_, op);
+    if (!memory.huge() && machine_->kernel().description().find("Linux") == 0 && page > os_page_bytes()) {
+      EXPECT_EQ(mapped.error.code, Errc::bad_memory) << mapped.error.message();
+    } else {
+      ASSERT_TRUE(mapped.error.ok()) << mapped.error.message();
+      EXPECT_TRUE(reads(*witness_, Iova{start + page + page - 4096}, memory.span().subspan(page - 4096, 4096)));
+      EXPECT_TRUE(writes(*witness_, Iova{start + page}, memory.span().first(4096)));
+      EXPECT_EQ(unmap({Iova{start + page}, Iova{start + page + 4095}}).error.code, Errc::would_bisect);
+      EXPECT_EQ(map({Iova{start + 4096}, Iova{start + 8191}}, memory.address()).error.code, Errc::invalid_argument);
+      EXPECT_EQ(unmap(op.range).bytes, op.range.length());
+      EXPECT_TRUE(cannot_read(*witness_, Iova{start + page}, memory.span().first(4096)));
+    }
+    witness_.reset();
+    ASSERT_TRUE(control().remove_window(window->range.start));
+  }
+  EXPECT_TRUE(space_->unregister_memory(*region));
+}
+
+TEST_P(SpaprContract, one_tce_of_4_kib_whatever_the_hosts_page_is) {
+  make_default();
+  const Memory memory{1};
+  const std::uint64_t tce = space_->facts().granule.value;
+  ASSERT_EQ(tce, 4096U);
+  const std::uint64_t offset = os_page_bytes() - tce;
+  const IovaRange range = *IovaRange::from_length(Iova{base + tce}, Bytes{tce});
+  ASSERT_TRUE(map(range, memory.address() + offset).error.ok());
+  EXPECT_TRUE(reads(*witness_, range.start, memory.bytes().subspan(offset, tce)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{base + 2 * tce}, memory.bytes().subspan(offset, tce)));
+  EXPECT_EQ(unmap(range).bytes, Bytes{tce});
+}
+
+TEST_P(SpaprContract, a_map_that_would_pass_the_windows_last_page_never_reaches_the_kernel) {
+  make_default();
+  const Memory memory{4};
+  const std::uint64_t before = kernel_->calls(uapi::vfio::Type1DmaMap::request);
+  for (const SpaprWindow& window : control().windows()) {
+    const std::uint64_t last_page = window.range.last.value - os_page_bytes() + 1;
+    EXPECT_EQ(map(at(last_page, 2), memory.address()).error.code, Errc::iova_reserved);
+    EXPECT_EQ(map(at(last_page, 4), memory.address()).error.code, Errc::iova_reserved);
+    EXPECT_TRUE(unmap({Iova{last_page}, Iova{last_page + 4 * os_page_bytes() - 1}}).error.ok());
+  }
+  EXPECT_EQ(kernel_->calls(uapi::vfio::Type1DmaMap::request), before);
+}
+
+TEST_P(SpaprContract, replace_leads_elsewhere_in_one_call) {
+  make_default();
+  const Memory old_memory{2, 1};
+  const Memory new_memory{2, 2};
+  ASSERT_TRUE(map(at(base, 2), old_memory.address()).error.ok());
+  EXPECT_TRUE(reads(*witness_, Iova{base}, old_memory.page(0)));
+  const std::uint64_t maps = kernel_->calls(uapi::vfio::Type1DmaMap::request);
+  const std::uint64_t unmaps = kernel_->calls(uapi::vfio::Type1DmaUnmap::request);
+  const BackendOp op{.kind = OpKind::replace,
+                     .access = Access::read_write,
+                     .region = {},
+                     .range = at(base, 2),
+                     .memory = new_memory.address()};
+  const auto replaced = run(*space_, op);
+  ASSERT_TRUE(replaced.error.ok()) << replaced.error.message();
+  EXPECT_EQ(kernel_->calls(uapi::vfio::Type1DmaMap::request), maps + 1);
+  EXPECT_EQ(kernel_->calls(uapi::vfio::Type1DmaUnmap::request), unmaps);
+  EXPECT_TRUE(reads(*witness_, Iova{base}, new_memory.page(0)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{base}, old_memory.page(0)));
+  EXPECT_EQ(unmap(at(base, 2)).bytes, new_memory.length());
+  EXPECT_EQ(run(*space_, op).error.code, Errc::not_found) << "nothing is there to be replaced";
+}
+
+TEST_P(SpaprContract, memory_stays_registered_until_its_last_tce_is_gone) {
+  if (!spapr_v2()) return;
+  make_default();
+  const Memory memory{8};
+  const auto whole = space_->register_memory({.address = memory.data(), .length = memory.length()});
+  const auto part = space_->register_memory({.address = memory.page(2).data(), .length = Bytes{2 * os_page_bytes()}});
+  ASSERT_TRUE(whole && part);
+  EXPECT_EQ(charged(), memory.length()) << "registered twice, charged once";
+  const BackendOp op{
+      .kind = OpKind::map, .access = Access::read_write, .region = *part, .range = at(base, 1), .memory = 0};
+  ASSERT_TRUE(run(*space_, op).error.ok());
+  ASSERT_TRUE(space_->unregister_memory(*whole));
+  ASSERT_TRUE(space_->unregister_memory(*part));
+  EXPECT_EQ(charged(), memory.length()) << "a TCE leads there";
+  EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(2)));
+  EXPECT_TRUE(unmap(at(base, 1)).error.ok());
+  EXPECT_EQ(charged(), Bytes{});
+  EXPECT_TRUE(cannot_read(*witness_, Iova{base}, memory.page(2)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{base}, memory.page(2)));
+}
+
+TEST_P(SpaprContract, memory_that_nobody_registered_is_registered_by_its_maps) {
+  if (!spapr_v2()) return;
+  make_default();
+  const Memory memory{8};
+  ASSERT_TRUE(map(at(base, 4), memory.address(0)).error.ok());
+  ASSERT_TRUE(map(at(base + 0x10'0000, 4), memory.address(2)).error.ok()) << "overlaps the first one's memory";
+  EXPECT_EQ(charged(), Bytes{6 * os_page_bytes()});
+  EXPECT_TRUE(reads(*witness_, Iova{base + 0x10'0000 + 3 * os_page_bytes()}, memory.page(5)));
+  EXPECT_EQ(unmap(at(base, 2)).bytes, Bytes{2 * os_page_bytes()});
+  EXPECT_EQ(unmap(at(base, 4)).bytes, Bytes{2 * os_page_bytes()});
+  EXPECT_EQ(unmap(at(base + 0x10'0000, 4)).bytes, Bytes{4 * os_page_bytes()});
+  EXPECT_EQ(charged(), Bytes{});
+}
+
+TEST_P(SpaprContract, spaces_of_one_process_share_what_they_register) {
+  if (!spapr_v2()) return;
+  if (machine_->devices().size() < 2) GTEST_SKIP() << "one witness only";
+  make_default();
+  const auto other = make_space();
+  const AttachedDevice second = attach(*other, 1);
+  const Memory memory{8};
+  const std::uint64_t before = locked();
+  const auto here = space_->register_memory({.address = memory.data(), .length = memory.length()});
+  ASSERT_TRUE(here);
+  // Another cut of the same memory, which the kernel would refuse as an overlap.
+  const auto there = other->register_memory({.address = memory.page(2).data(), .length = Bytes{6 * os_page_bytes()}});
+  ASSERT_TRUE(there) << there.error().message();
+  EXPECT_EQ(locked() - before, memory.length().value);
+  EXPECT_TRUE(space_->unregister_memory(*here));
+  EXPECT_EQ(locked() - before, memory.length().value) << "the other space still holds it";
+  EXPECT_TRUE(other->unregister_memory(*there));
+  EXPECT_EQ(locked(), before);
+}
+
+TEST_P(SpaprContract, error_handling_stops_the_device_and_lets_it_run_again) {
+  make_default();
+  SpaprEeh* const eeh = control().eeh();
+  if (eeh == nullptr) GTEST_SKIP() << "this platform offers no error handling";
+  const auto state = eeh->state();
+  if (!state) GTEST_SKIP() << "no error handling for this device: " << state.error().detail();
+  EXPECT_EQ(*state, EehState::normal);
+  const Memory memory{2};
+  ASSERT_TRUE(map(at(base, 1), memory.address()).error.ok());
+  EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(0)));
+  std::vector<EehEvent> heard;
+  eeh->set_listener([&](const EehEvent& event) { heard.push_back(event); });
+  const auto injected = eeh->inject({.wide = false, .function = 0, .address = 0, .mask = 0});
+  if (!injected) {
+    const auto reset = eeh->reset(EehReset::hot);
+    std::printf("no injection here (%s); hot reset: %s\n", injected.error().detail().c_str(),
+                reset ? "done" : reset.error().detail().c_str());
+    EXPECT_TRUE(unmap(at(base, 1)).error.ok());
+    GTEST_SKIP() << "errors cannot be injected: " << injected.error().detail();
+  }
+  const auto event = eeh->check();
+  ASSERT_TRUE(event);
+  if (event->frozen()) {
+    ASSERT_EQ(heard.size(), 1U);
+    EXPECT_EQ(eeh->last_seen(), event->now);
+    EXPECT_TRUE(map(at(base + os_page_bytes(), 1), memory.address(1)).error.ok()) << "tables change all the same";
+    EXPECT_TRUE(eeh->unfreeze_io());
+    EXPECT_TRUE(eeh->unfreeze_dma());
+    EXPECT_EQ(eeh->state().value_or(EehState::unavailable), EehState::normal);
+    EXPECT_TRUE(reads(*witness_, Iova{base + os_page_bytes()}, memory.page(1))) << "what was mapped meanwhile counts";
+  }
+  EXPECT_TRUE(eeh->reset(EehReset::hot));
+  EXPECT_EQ(eeh->state().value_or(EehState::unavailable), EehState::normal);
+  witness_ = machine_->witness(*space_, device_);  // decoding and bus mastering are off after a reset
+  EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(0)));
+  EXPECT_TRUE(space_->unmap_all());
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernel, SpaprContract, testing::Values(Interface::spapr_v2, Interface::spapr_v1),
+                         [](const auto& test) { return iovane::test::parameter_name(test.param); });
+
+}  // namespace
+}  // namespace iovane::test

@@ -1,0 +1,208 @@
+// Fail the nth: a mixed workload through the engine, with the 1st, 2nd, ... kernel call or allocation failing, until a
+// run ends before its n. After each run the engine's index, what a device can reach and the software IOMMU's books must
+// say the same, everything must be usable again, and nothing may be left behind.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cerrno>
+#include <vector>
+
+#include "backends/kernel_decorators.hpp"
+#include "backends/model/model_kernel.hpp"
+#include "backends/open.hpp"
+#include "base/fault_point.hpp"
+#include "engine/engine_core.hpp"
+#include "iovane/engine.hpp"
+
+namespace iovane {
+namespace {
+
+using backends::FailingKernel;
+using backends::model::ModelKernel;
+using backends::model::ModelOptions;
+using backends::model::ModelUsage;
+using base::FaultKind;
+
+constexpr std::uint64_t page = 4096;
+constexpr std::uint64_t base_iova = 0x1000'0000;
+constexpr std::size_t window_pages = 48;
+constexpr std::size_t memory_pages = 32;
+
+struct Sweep {
+  const char* name;
+  const char* interface;
+  FaultKind kind;
+  int os_errno;
+};
+
+class EngineSweep : public ::testing::TestWithParam<Sweep> {
+ protected:
+  EngineSweep() : memory_((memory_pages + 1) * page) {
+    auto start = reinterpret_cast<std::uintptr_t>(memory_.data());
+    pages_ = reinterpret_cast<std::byte*>((start + page - 1) & ~(page - 1));
+    for (std::size_t p = 0; p < memory_pages; ++p)
+      for (std::size_t i = 0; i < page; ++i) pages_[p * page + i] = static_cast<std::byte>(p + 1);
+  }
+
+  static IovaRange at(std::uint64_t first, std::uint64_t count) {
+    return *IovaRange::from_length(Iova{base_iova + first * page}, Bytes{count * page});
+  }
+  MemoryPiece memory(std::size_t first, std::size_t count = 1) const {
+    return MemoryPiece::at(pages_ + first * page, Bytes{count * page});
+  }
+  MapRequest request(std::uint64_t where, MemoryPiece piece) const {
+    MapRequest map;
+    map.memory = piece;
+    map.placement = Placement::fixed(at(where, 1).start);
+    return map;
+  }
+
+  /// Makes everything that can fail happen once. Every step goes on with what the earlier ones left.
+  void workload(backends::Kernel& kernel) {
+    auto backend = backends::open_backend(kernel, {.name = GetParam().interface, .descriptor = {}});
+    if (!backend) return;
+    engine_ = EngineAccess::open(*std::move(backend), "model");
+    AddressSpaceConfig config;
+    config.dirty_tracking = true;
+    for (AddressSpace& space : spaces_) {
+      auto made = engine_.create_address_space(config);
+      if (!made) return;
+      space = *std::move(made);
+    }
+    made_ = true;
+    auto registered = spaces_[0].register_memory({pages_ + 16 * page, Bytes{8 * page}, -1, 0});
+    attached_[0] = spaces_[0].attach({.pci_address = kernel_->device(0).address()}).has_value();
+    const auto traveller = spaces_[0].attach({.pci_address = kernel_->device(1).address()});
+    const auto resident = spaces_[1].attach({.pci_address = kernel_->device(2).address()});
+
+    (void)spaces_[0].map(request(0, memory(0)));
+    (void)spaces_[0].map(request(1, memory(1, 3)));
+    MapRequest anywhere;
+    anywhere.memory = memory(4, 2);
+    anywhere.placement = Placement::anywhere({}, Iova{0xffff'ffff});
+    const Completion chosen = spaces_[0].map(anywhere);
+    (void)spaces_[0].start_dirty_tracking();
+
+    if (auto queue = spaces_[0].open_queue({.depth = 16})) {
+      const std::array pieces{memory(6), memory(8), memory(7)};
+      MapRequest scattered = request(6, memory(6));
+      scattered.pieces = pieces;
+      EXPECT_TRUE(queue->stage(scattered));
+      EXPECT_TRUE(queue->stage(request(10, memory(9))));
+      EXPECT_TRUE(queue->stage(request(12, memory(10))));
+      EXPECT_TRUE(queue->stage(request(14, memory(11))));
+      if (registered) {
+        EXPECT_TRUE(queue->stage(request(20, registered->piece(Bytes{0}, Bytes{2 * page}))));
+        EXPECT_TRUE(queue->stage(request(22, registered->piece(Bytes{4 * page}, Bytes{page}))));
+      }
+      EXPECT_TRUE(queue->stage(UnmapRequest::of(at(0, 1))));
+      EXPECT_TRUE(queue->stage(UnmapRequest::of(at(10, 5))));  // three mappings and the holes between
+      std::array<Completion, 16> done;
+      queue->submit();
+      EXPECT_EQ(queue->wait(done, queue->outstanding(), std::chrono::seconds{10}), registered ? 8U : 6U);
+    }
+    const std::byte mark{0};
+    (void)kernel_->device(0).dma_write(at(1, 1).start, {&mark, 1});
+    std::vector<std::uint64_t> bitmap(1);
+    (void)spaces_[0].read_dirty(at(0, window_pages), Bytes{page}, bitmap);
+    (void)spaces_[0].replace({at(1, 3), memory(12, 3), Access::read_write, 0, Order::free});
+    if (chosen.ok()) (void)spaces_[0].unmap(UnmapRequest::of(chosen.mapping));
+    (void)spaces_[0].map(request(30, memory(24, 4)));
+    (void)spaces_[0].unmap(UnmapRequest::of(at(30, 4)));
+    (void)spaces_[1].map(request(40, memory(28, 2)));
+    if (traveller && resident) (void)spaces_[0].move_device(traveller->id, spaces_[1], AddressSpace::Gap::accept);
+    (void)spaces_[0].stop_dirty_tracking();
+    (void)spaces_[0].map(request(34, memory(15)));
+    if (resident) (void)spaces_[1].unmap_all();
+    if (resident) (void)spaces_[1].detach(resident->id);
+  }
+
+  /// The resident device 0 reaches exactly what the index of its space says.
+  void index_and_kernel_agree() {
+    if (!attached_[0]) return;
+    for (std::uint64_t p = 0; p < window_pages; ++p) {
+      const auto info = spaces_[0].find(at(p, 1).start);
+      std::array<std::byte, 1> seen{};
+      const auto read = kernel_->device(0).dma_read(at(p, 1).start, seen);
+      if (!info) {
+        EXPECT_FALSE(read.ok()) << "page " << p << " is mapped in the kernel and not in the index";
+        continue;
+      }
+      if (info->quarantined) continue;  // the kernel failed its unmap: either way
+      EXPECT_TRUE(read.ok()) << "page " << p << " is in the index and not mapped in the kernel";
+      if (!info->memory.memory && read.ok() && info->range.length().value == page) {
+        EXPECT_EQ(seen[0], *reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(info->memory.offset)));
+      }
+    }
+  }
+
+  /// With the failure over, everything can be taken down and used again.
+  void all_is_usable_again() {
+    if (!made_) return;
+    for (AddressSpace& space : spaces_) {
+      const auto gone = space.unmap_all();
+      EXPECT_TRUE(gone) << gone.error().message();
+      EXPECT_EQ(space.stats().live_mappings, 0U);
+      EXPECT_EQ(space.stats().quarantined_mappings, 0U);
+    }
+    // Where the call that failed was the unmap of registered memory, its 8 pages stay until the descriptor closes.
+    const ModelUsage left = kernel_->usage();
+    const bool stranded = GetParam().kind == FaultKind::kernel_call && left.mappings == 1;
+    EXPECT_TRUE(left.mappings == 0 || stranded) << left.mappings << " mappings leaked";
+    EXPECT_EQ(left.pinned.value, stranded ? 8 * page : 0U) << "pins leaked";
+    if (!attached_[0]) return;
+    for (std::uint64_t p = 0; p < window_pages; ++p) {
+      const Completion again = spaces_[0].map(request(p, memory(p % memory_pages)));
+      EXPECT_TRUE(again.ok()) << "page " << p << ": " << again.error.message();
+    }
+    index_and_kernel_agree();
+    EXPECT_EQ(spaces_[0].unmap(UnmapRequest::of(at(0, window_pages))).bytes.value, window_pages * page);
+  }
+
+  std::unique_ptr<ModelKernel> kernel_;
+  Engine engine_;
+  std::array<AddressSpace, 2> spaces_;
+  bool made_ = false;  // both spaces exist
+  std::array<bool, 2> attached_{};
+  std::vector<std::byte> memory_;
+  std::byte* pages_ = nullptr;
+};
+
+TEST_P(EngineSweep, EveryFailureLeavesIndexPinsAndKernelInAgreement) {
+  std::uint64_t n = 0;
+  for (bool fired = true; fired;) {
+    ++n;
+    ASSERT_LT(n, 5000U) << "the sweep does not end";
+    SCOPED_TRACE(::testing::Message() << GetParam().name << ", failure " << n);
+    ModelOptions options;
+    options.devices.resize(3);
+    kernel_ = *ModelKernel::create(options);
+    FailingKernel failing{*kernel_};
+    failing.set_fault_errno(GetParam().os_errno);
+    attached_ = {};
+    made_ = false;
+    base::arm_fault(static_cast<std::uint32_t>(GetParam().kind), n);
+    workload(failing);
+    fired = base::disarm_fault();
+    index_and_kernel_agree();
+    all_is_usable_again();
+    for (AddressSpace& space : spaces_) space = AddressSpace{};
+    engine_ = Engine{};
+    EXPECT_EQ(kernel_->usage(), ModelUsage{}) << "something was left behind";
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(n, 10U) << "the sweep reached hardly anything";
+  std::printf("%s: %llu failures\n", GetParam().name, static_cast<unsigned long long>(n - 1));
+}
+
+INSTANTIATE_TEST_SUITE_P(Software, EngineSweep,
+                         ::testing::Values(Sweep{"iommufd_calls", "iommufd", FaultKind::kernel_call, ENOMEM},
+                                           Sweep{"iommufd_calls_busy", "iommufd", FaultKind::kernel_call, EBUSY},
+                                           Sweep{"iommufd_allocations", "iommufd", FaultKind::allocation, ENOMEM},
+                                           Sweep{"type1_calls", "type1", FaultKind::kernel_call, ENOMEM},
+                                           Sweep{"type1_calls_io", "type1", FaultKind::kernel_call, EIO},
+                                           Sweep{"type1_allocations", "type1", FaultKind::allocation, ENOMEM}),
+                         [](const auto& test) { return test.param.name; });
+
+}  // namespace
+}  // namespace iovane

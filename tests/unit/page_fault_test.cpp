@@ -1,0 +1,173 @@
+// I/O page faults through the engine: a device waits for a page until somebody maps it and answers.
+#include <gtest/gtest.h>
+#include <poll.h>
+
+#include <array>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "backends/model/model_kernel.hpp"
+#include "backends/open.hpp"
+#include "engine/engine_core.hpp"
+#include "iovane/engine.hpp"
+
+namespace iovane {
+namespace {
+
+using backends::model::ModelKernel;
+using backends::model::ModelOptions;
+using backends::model::ModelUsage;
+
+constexpr std::uint64_t page = 4096;
+constexpr std::uint64_t iova = 0x20'0000;
+
+class PageFaults : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    engine_ = EngineAccess::open(*backends::open_backend(*kernel_, {.name = "iommufd", .descriptor = {}}), "model");
+    AddressSpaceConfig config;
+    config.layout = LayoutPolicy::fixed;
+    config.page_faults = true;
+    auto space = engine_.create_address_space(config);
+    ASSERT_TRUE(space) << space.error().message();
+    space_ = *std::move(space);
+    EXPECT_EQ(space_.page_fault_fd(), -1) << "before the first device";
+    const auto device = space_.attach({.pci_address = kernel_->device(0).address()});
+    ASSERT_TRUE(device) << device.error().message();
+    device_ = device->id;
+    ASSERT_GE(space_.page_fault_fd(), 0);
+  }
+  void TearDown() override {
+    space_ = AddressSpace{};
+    engine_ = Engine{};
+    EXPECT_EQ(kernel_->usage(), ModelUsage{});
+  }
+  bool readable(int timeout_ms) {
+    pollfd wait{.fd = space_.page_fault_fd(), .events = POLLIN, .revents = 0};
+    return ::poll(&wait, 1, timeout_ms) == 1;
+  }
+  /// The one page fault that is waiting.
+  PageFaultEvent next() {
+    EXPECT_TRUE(readable(10'000));
+    std::array<PageFaultEvent, 2> events;
+    const auto got = space_.read_page_faults(events);
+    EXPECT_TRUE(got) << got.error().message();
+    EXPECT_EQ(got.value_or(0U), 1U);
+    return events[0];
+  }
+  void map(std::uint64_t at, std::span<std::byte> memory, Access access = Access::read_write) {
+    MapRequest request;
+    request.memory = MemoryPiece::of(memory);
+    request.access = access;
+    request.placement = Placement::fixed(Iova{at});
+    const Completion done = space_.map(request);
+    ASSERT_TRUE(done.ok()) << done.error.message();
+  }
+
+  struct alignas(page) Page {
+    std::array<std::byte, page> bytes{};
+  };
+  std::unique_ptr<ModelKernel> kernel_ = *ModelKernel::create();
+  Engine engine_;
+  AddressSpace space_;
+  std::uint32_t device_ = 0;
+  std::vector<Page> memory_{4};
+};
+
+TEST_F(PageFaults, APageIsMappedWhenADeviceAsksForIt) {
+  EXPECT_FALSE(readable(0));
+  std::array<std::byte, 16> bytes{};
+  bytes.fill(std::byte{7});
+  backends::model::DmaResult result;
+  std::thread device{[&] { result = kernel_->device(0).dma_write(Iova{iova + page - 8}, bytes); }};
+  for (std::uint64_t p = 0; p < 2; ++p) {  // the write crosses into a second page
+    const PageFaultEvent event = next();
+    EXPECT_EQ(event.device_id, device_);
+    EXPECT_EQ(event.address, Iova{iova + p * page});
+    EXPECT_EQ(event.access, Access::write);
+    EXPECT_TRUE(event.last);
+    map(iova + p * page, memory_[p].bytes);
+    EXPECT_TRUE(space_.answer_page_fault(event, PageFaultAnswer::retry));
+    EXPECT_EQ(space_.answer_page_fault(event, PageFaultAnswer::retry).error().code, Errc::not_found) << "once";
+  }
+  device.join();
+  EXPECT_TRUE(result.ok());
+  EXPECT_EQ(memory_[0].bytes[page - 1], std::byte{7});
+  EXPECT_EQ(memory_[1].bytes[7], std::byte{7});
+  EXPECT_FALSE(readable(0));
+  EXPECT_EQ(kernel_->device(0).fault_count(), 0U) << "nothing failed";
+}
+
+TEST_F(PageFaults, AMissingRightAsksTooAndFailIsFinal) {
+  map(iova, memory_[0].bytes, Access::read);
+  backends::model::DmaResult result;
+  const std::byte one{1};
+  std::thread device{[&] { result = kernel_->device(0).dma_write(Iova{iova}, {&one, 1}); }};
+  const PageFaultEvent event = next();
+  EXPECT_EQ(event.access, Access::write);
+  EXPECT_TRUE(space_.answer_page_fault(event, PageFaultAnswer::fail));
+  device.join();
+  ASSERT_FALSE(result.ok());
+  EXPECT_EQ(result.fault->reason, backends::model::FaultReason::no_permission);
+}
+
+TEST_F(PageFaults, ADetachLetsItsDeviceGo) {
+  backends::model::DmaResult result;
+  std::array<std::byte, 4> bytes{};
+  std::thread device{[&] { result = kernel_->device(0).dma_read(Iova{iova}, bytes); }};
+  const PageFaultEvent event = next();
+  ASSERT_TRUE(space_.detach(device_));
+  device.join();
+  EXPECT_FALSE(result.ok());
+  EXPECT_EQ(space_.answer_page_fault(event, PageFaultAnswer::retry).error().code, Errc::not_found);
+}
+
+TEST_F(PageFaults, ARetryWithoutAMapEndsAfterABoundedNumber) {
+  backends::model::DmaResult result;
+  std::array<std::byte, 4> bytes{};
+  std::atomic<bool> over{false};
+  std::thread device{[&] {
+    result = kernel_->device(0).dma_read(Iova{iova}, bytes);
+    over.store(true, std::memory_order_release);  // pairs with the acquire below
+  }};
+  std::uint64_t answers = 0;
+  while (!over.load(std::memory_order_acquire)) {
+    std::array<PageFaultEvent, 4> events;
+    const auto got = space_.read_page_faults(events);
+    ASSERT_TRUE(got);
+    for (std::size_t i = 0; i < *got; ++i, ++answers)
+      EXPECT_TRUE(space_.answer_page_fault(events[i], PageFaultAnswer::retry));
+  }
+  device.join();
+  EXPECT_FALSE(result.ok());
+  EXPECT_LE(answers, 8U);
+}
+
+TEST(PageFaultRefusals, SayWhatIsMissing) {
+  ModelOptions options;
+  options.iommus.front().page_faults = false;
+  auto kernel = *ModelKernel::create(options);
+  Engine engine = EngineAccess::open(*backends::open_backend(*kernel, {.name = "iommufd", .descriptor = {}}), "model");
+  AddressSpaceConfig config;
+  config.page_faults = true;
+  auto space = engine.create_address_space(config);
+  ASSERT_TRUE(space);
+  const auto device = space->attach({.pci_address = kernel->device(0).address()});
+  EXPECT_EQ(device.error().code, Errc::unsupported) << device.error().message();
+  EXPECT_NE(device.error().detail().find(kernel->device(0).address()), std::string::npos) << device.error().detail();
+  std::array<PageFaultEvent, 1> events;
+  *space = AddressSpace{};
+  auto plain = engine.create_address_space({});
+  ASSERT_TRUE(plain);
+  EXPECT_EQ(plain->read_page_faults(events).error().code, Errc::no_device);
+  EXPECT_EQ(plain->page_fault_fd(), -1);
+  *plain = AddressSpace{};
+  Engine type1 = EngineAccess::open(*backends::open_backend(*kernel, {.name = "type1", .descriptor = {}}), "model");
+  auto container = type1.create_address_space(config);
+  EXPECT_FALSE(container) << "a promise that type1 cannot keep";
+  EXPECT_EQ(container.error().code, Errc::unsupported);
+}
+
+}  // namespace
+}  // namespace iovane
