@@ -40,35 +40,8 @@ void take_all(Queue& queue, std::vector<Completion>& out, benchmark::State& stat
   }
 }
 
-// A batch of maps, then a batch of unmaps, `live` other mappings around. Reported per operation.
-void BM_EngineBatch(benchmark::State& state) {
-  const auto batch = static_cast<std::uint64_t>(state.range(0));
-  const auto live = static_cast<std::uint64_t>(state.range(1));
-  AddressSpace space = open_space(LayoutPolicy::fixed);
-  for (std::uint64_t i = 0; i < live; ++i)
-    if (!space.map(map_at(0x100'0000 + 2 * i)).ok()) state.SkipWithError("cannot fill the space");
-  Queue queue = *space.open_queue({.depth = 256});
-  std::vector<Completion> out(256);
-  std::uint64_t at = 0x10000;
-  for (auto _ : state) {
-    for (std::uint64_t i = 0; i < batch; ++i) (void)queue.stage(map_at(at + i));
-    queue.submit();
-    take_all(queue, out, state);
-    for (std::uint64_t i = 0; i < batch; ++i)
-      (void)queue.stage(UnmapRequest::of(IovaRange{Iova{(at + i) * page}, Iova{(at + i + 1) * page - 1}}));
-    queue.submit();
-    take_all(queue, out, state);
-    at = 0x10000 + (at + batch) % 0x10000;
-  }
-  state.SetItemsProcessed(static_cast<std::int64_t>(2 * batch) * state.iterations());
-}
-BENCHMARK(BM_EngineBatch)->ArgNames({"batch", "live"})->ArgsProduct({{1, 8, 32, 128}, {0, 10'000}});
-
-// The same in relaxed mode: `fresh` pages, so that flushes really unmap, or the same ones, which are revived.
-void BM_EngineRelaxed(benchmark::State& state) {
-  const auto batch = static_cast<std::uint64_t>(state.range(0));
-  const bool fresh = state.range(1) != 0;
-  AddressSpace space = open_space(LayoutPolicy::fixed, UnmapMode::relaxed);
+// Per iteration a batch of maps, then a batch of their unmaps; of other pages each time when `fresh`.
+void run_batches(benchmark::State& state, AddressSpace& space, std::uint64_t batch, bool fresh) {
   Queue queue = *space.open_queue({.depth = 256});
   std::vector<Completion> out(256);
   std::uint64_t at = 0x10000;
@@ -83,6 +56,22 @@ void BM_EngineRelaxed(benchmark::State& state) {
     if (fresh) at = 0x10000 + (at + batch) % 0x10000;
   }
   state.SetItemsProcessed(static_cast<std::int64_t>(2 * batch) * state.iterations());
+}
+
+// A batch of maps, then a batch of unmaps, `live` other mappings around. Reported per operation.
+void BM_EngineBatch(benchmark::State& state) {
+  const auto live = static_cast<std::uint64_t>(state.range(1));
+  AddressSpace space = open_space(LayoutPolicy::fixed);
+  for (std::uint64_t i = 0; i < live; ++i)
+    if (!space.map(map_at(0x100'0000 + 2 * i)).ok()) state.SkipWithError("cannot fill the space");
+  run_batches(state, space, static_cast<std::uint64_t>(state.range(0)), true);
+}
+BENCHMARK(BM_EngineBatch)->ArgNames({"batch", "live"})->ArgsProduct({{1, 8, 32, 128}, {0, 10'000}});
+
+// The same in relaxed mode: `fresh` pages, so that flushes really unmap, or the same ones, which are revived.
+void BM_EngineRelaxed(benchmark::State& state) {
+  AddressSpace space = open_space(LayoutPolicy::fixed, UnmapMode::relaxed);
+  run_batches(state, space, static_cast<std::uint64_t>(state.range(0)), state.range(1) != 0);
 }
 BENCHMARK(BM_EngineRelaxed)->ArgNames({"batch", "fresh"})->ArgsProduct({{1, 32}, {0, 1}});
 

@@ -65,6 +65,9 @@ void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& lin
 void BatchExecutor::publish_gauges() noexcept {
   (*space_.counters)[Count::live_mappings].set(space_.index.size());
   (*space_.counters)[Count::live_bytes].set(space_.index.bytes().value);
+  if (!space_.stale) return;
+  (*space_.counters)[Count::stale_mappings].set(space_.stale->count());
+  (*space_.counters)[Count::stale_bytes].set(space_.stale->bytes());
 }
 
 void BatchExecutor::refuse(std::uint32_t i, const Error& error) noexcept {

@@ -249,11 +249,7 @@ Result<Bytes> BatchExecutor::unmap_all() noexcept {
     }
     record = following;
   }
-  if (space_.stale) {
-    space_.stale->clear();
-    (*space_.counters)[Count::stale_mappings].set(0);
-    (*space_.counters)[Count::stale_bytes].set(0);
-  }
+  if (space_.stale) space_.stale->clear();
   publish_gauges();
   if (first) return first;
   return Bytes{removed};

@@ -35,8 +35,6 @@ void BatchExecutor::defer_unmap(std::uint32_t i, MappingRecord* first, std::uint
   }
   slice_.completion(i).bytes.value += bytes;
   SpaceCounters& counters = *space_.counters;
-  counters[Count::stale_mappings].set(stale.count());
-  counters[Count::stale_bytes].set(stale.bytes());
   counters[Count::stale_mappings_peak].raise_to(stale.count());
   counters[Count::stale_bytes_peak].raise_to(stale.bytes());
 }
@@ -58,10 +56,7 @@ bool BatchExecutor::revive(std::uint32_t i, Access access, IovaRange range, cons
     return false;
   space_.stale->take_out(*record);
   record->state = MappingState::live;
-  SpaceCounters& counters = *space_.counters;
-  counters[Count::revived].add();
-  counters[Count::stale_mappings].set(space_.stale->count());
-  counters[Count::stale_bytes].set(space_.stale->bytes());
+  (*space_.counters)[Count::revived].add();
   Completion& verdict = slice_.completion(i);
   verdict.iova = range.start;
   verdict.bytes = range.length();
@@ -96,8 +91,6 @@ Bytes BatchExecutor::flush_stale() noexcept {
   SpaceCounters& counters = *space_.counters;
   counters[Count::flushes].add();
   counters[Count::flushed].add(members.size());
-  counters[Count::stale_mappings].set(0);
-  counters[Count::stale_bytes].set(0);
   space_.stale->clear();
   publish_gauges();
   return Bytes{removed};
