@@ -2,6 +2,7 @@
 
 #include <cerrno>
 
+#include "backends/container_supply.hpp"
 #include "backends/iommufd/ioas_calls.hpp"
 #include "backends/kernel_error.hpp"
 #include "backends/type1/type1_space.hpp"
@@ -24,8 +25,8 @@ constexpr bool is_version_1(Interface interface) noexcept {
 
 class Type1Backend final : public Backend {
  public:
-  Type1Backend(Kernel& kernel, Interface interface, KernelFd container, bool handed_in)
-      : kernel_{kernel}, interface_{interface}, first_{std::move(container)}, handed_in_{handed_in} {}
+  Type1Backend(Kernel& kernel, Interface interface, ContainerSupply containers)
+      : kernel_{kernel}, interface_{interface}, containers_{std::move(containers)} {}
 
   Interface interface() const noexcept override { return interface_; }
 
@@ -33,7 +34,7 @@ class Type1Backend final : public Backend {
     if (options.page_faults)
       return base::fail(Errc::unsupported, Stage::open, 0, "{} does not deliver I/O page faults; only iommufd does",
                         to_string(interface_));
-    auto container = next_container();
+    auto container = containers_.next();
     if (!container) return container.error();
     std::uint32_t ioas = 0;
     if (is_compat(interface_)) {
@@ -46,21 +47,10 @@ class Type1Backend final : public Backend {
   }
 
   Result<AttachedDevice> move_device(BackendSpace&, DeviceId, BackendSpace&) override {
-    return base::fail(
-        Errc::unsupported, Stage::attach, 0,
-        "a group cannot move between containers while it is in use; detach the device and attach it again");
+    return cannot_move_between_containers();
   }
 
  private:
-  /// The descriptor that opening checked serves the first space; later ones get their own.
-  Result<KernelFd> next_container() {
-    if (first_) return std::move(first_);
-    if (handed_in_)
-      return base::fail(Errc::limit_reached, Stage::open, 0,
-                        "the container that was handed in is one address space; hand in another for the next");
-    return open_descriptor(kernel_, is_compat(interface_) ? "/dev/iommu" : "/dev/vfio/vfio", {});
-  }
-
   /// On /dev/iommu the container calls act on the descriptor's compatibility IOAS; making it here instead of with the
   /// first group means that maps are accepted before a device is there. Whatever fails, closing the descriptor undoes.
   Result<std::uint32_t> make_compat_ioas(int fd, const SpaceOptions& options) {
@@ -84,8 +74,7 @@ class Type1Backend final : public Backend {
 
   Kernel& kernel_;
   Interface interface_;
-  KernelFd first_;
-  bool handed_in_;
+  ContainerSupply containers_;
 };
 
 }  // namespace
@@ -95,19 +84,13 @@ Result<std::unique_ptr<Backend>> open_type1(Kernel& kernel, Interface interface,
   const bool compat = type1::is_compat(interface);
   if (!compat && interface != Interface::type1_v1 && interface != Interface::type1_v2)
     return base::fail(Errc::invalid_argument, Stage::open, 0, "{} is not a type1 interface", to_string(interface));
-  auto container = open_descriptor(kernel, compat ? "/dev/iommu" : "/dev/vfio/vfio", source);
-  if (!container) return container.error();
-  const long version = kernel.ioctl_value(container->get(), uapi::vfio::get_api_version, 0);
-  if (version != uapi::vfio::api_version)
-    return base::fail(Errc::unsupported, Stage::open, version < 0 ? static_cast<int>(-version) : 0,
-                      "descriptor {} does not speak VFIO's container interface version {} (answer {})",
-                      container->get(), uapi::vfio::api_version, version);
+  auto containers = ContainerSupply::open(kernel, compat ? "/dev/iommu" : "/dev/vfio/vfio", source);
+  if (!containers) return containers.error();
   const unsigned long type = type1::is_version_1(interface) ? uapi::vfio::type1_iommu : uapi::vfio::type1_v2_iommu;
-  if (kernel.ioctl_value(container->get(), uapi::vfio::check_extension, type) != 1)
+  if (kernel.ioctl_value(containers->fd(), uapi::vfio::check_extension, type) != 1)
     return base::fail(Errc::unsupported, Stage::open, 0, "the container has no {} IOMMU driver; load vfio_iommu_type1",
                       to_string(interface));
-  return std::unique_ptr<Backend>{
-      std::make_unique<type1::Type1Backend>(kernel, interface, std::move(*container), source.fd >= 0)};
+  return std::unique_ptr<Backend>{std::make_unique<type1::Type1Backend>(kernel, interface, *std::move(containers))};
 }
 
 }  // namespace iovane::backends
