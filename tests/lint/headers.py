@@ -18,7 +18,7 @@ from pathlib import Path
 import sources
 
 DROPPED_WITH_VALUE = {"-o", "-MF", "-MT", "-MQ", "-c"}
-DROPPED = {"-MD", "-MMD", "-Werror"}
+DROPPED = {"-MD", "-MMD", "-Werror", "-g", "-O2", "-O3", "-DNDEBUG"}
 
 
 def commands_by_folder(database: Path) -> dict[Path, list[str]]:
@@ -66,7 +66,8 @@ def compile_alone(header: Path, relative: str, command: list[str], scratch: Path
 
 
 def check(database: Path, root: Path) -> list[str]:
-    cache = ["ccache"] if shutil.which("ccache") else []  # CMake leaves its launcher out of the database
+    # CMake leaves its launcher out of the database. Checkouts share results: paths count relative to the root.
+    cache = ["env", f"CCACHE_BASEDIR={root}", "CCACHE_NOHASHDIR=1", "ccache"] if shutil.which("ccache") else []
     commands = {folder: cache + words for folder, words in commands_by_folder(database).items()}
     headers = [path for path in sources.cpp_files(root) if path.suffix == ".hpp"]
     findings = []
