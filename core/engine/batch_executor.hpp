@@ -81,17 +81,19 @@ class BatchExecutor {
   Error try_replace(std::uint32_t i, const Operation& operation) noexcept;
 
   bool reserve(std::uint32_t i, const Operation& operation, Bytes length, IovaRange& range) noexcept;
+  [[gnu::noinline]] bool allocate(std::uint32_t i, const Operation& operation, Bytes length, IovaRange& range) noexcept;
+  [[gnu::noinline]] bool claim(std::uint32_t i, IovaRange range) noexcept;
   Error nowhere() const noexcept;
   void enter_map(std::uint32_t i, Access access, IovaRange range, const ResolvedPiece& piece, std::uint32_t op_count,
                  std::uint16_t flags) noexcept;
-  MappingRecord* enter_after_flush(IovaRange range, std::uint32_t op_count) noexcept;
+  [[gnu::noinline]] MappingRecord* enter_after_flush(std::uint32_t i, IovaRange range, std::uint32_t op_count) noexcept;
   bool make_room() noexcept;
   Error cannot_enter(IovaRange range) const noexcept;
   void add_unmap(std::uint32_t i, IovaRange span, Bytes bytes, MappingRecord* first, MappingRecord* last,
                  std::uint32_t mappings) noexcept;
   bool phase_touches(IovaRange range) noexcept;
   bool touches_stale(IovaRange range) noexcept;
-  bool revive(std::uint32_t i, Access access, IovaRange range, const ResolvedPiece& piece) noexcept;
+  [[gnu::noinline]] bool revive(std::uint32_t i, const Operation& operation, ResolvedPiece piece) noexcept;
   void defer_unmap(std::uint32_t i, MappingRecord* first, std::uint32_t mappings) noexcept;
   std::size_t flush_stale_part(std::size_t next, std::uint64_t& removed) noexcept;
   void cancel(MappingRecord* record) noexcept;

@@ -1,5 +1,6 @@
 #include "engine/mapping_index.hpp"
 
+#include <bit>
 #include <limits>
 #include <utility>
 
@@ -177,34 +178,63 @@ Result<MappingId> MappingIndex::insert(const MappingRecord& record) noexcept {
   return id_of(inserted);
 }
 
+// Most records go where the last one went: to a free digit of the finger, a large node, with a record below it there.
 MappingRecord* MappingIndex::try_insert(IovaRange range) noexcept {
   if (!range.well_formed()) [[unlikely]]
     return nullptr;
   const std::uint64_t key = range.start.value;
+  if (finger_.is_even() && finger_ && radix::covers(finger_, key)) [[likely]] {
+    LargeNode& large = *finger_.large();
+    const unsigned digit = finger_.digit_of_large(key);
+    const std::uint64_t below = large.present & ((std::uint64_t{1} << digit) - 1);
+    if ((large.present >> digit & 1) == 0 && below != 0) [[likely]] {
+      const Ref neighbour = large.children[63 - std::countl_zero(below)];
+      if (neighbour.is_entry()) [[likely]] {
+        Entry* const entry = enter(range, neighbour.entry<Entry>());
+        if (entry == nullptr) [[unlikely]]
+          return nullptr;
+        large.add(digit, Ref::to_entry(entry));
+        link(entry);
+        return &entry->record;
+      }
+    }
+  }
+  return insert_anywhere(range);
+}
+
+MappingRecord* MappingIndex::insert_anywhere(IovaRange range) noexcept {
+  const std::uint64_t key = range.start.value;
   const Place place = locate(key);
-  Entry* const below = floor_at(place, key);
-  Entry* const above = below != nullptr ? below->next : head_;
-  if (below != nullptr && below->record.range.last.value >= key) [[unlikely]]
-    return nullptr;
-  if (above != nullptr && above->record.range.start <= range.last) [[unlikely]]
-    return nullptr;
-  if (size_ == entries_.entries_max()) [[unlikely]]
-    return nullptr;
-  Entry* const entry = entries_.acquire();
+  Entry* const entry = enter(range, floor_at(place, key));
   if (entry == nullptr) [[unlikely]]
     return nullptr;
   if (!hang(place, key, entry)) [[unlikely]] {
     entries_.release(entry);
     return nullptr;
   }
-  entry->record.range = range;
-  entry->prev = below;
-  entry->next = above;
-  (below != nullptr ? below->next : head_) = entry;
-  if (above != nullptr) above->prev = entry;
-  ++size_;
-  bytes_ += range.span() + 1;
+  link(entry);
   return &entry->record;
+}
+
+// An entry for `range` above `below` (nothing: the lowest) that nothing points at yet; nullptr when something is in the
+// way, or there is no room.
+[[gnu::always_inline]] inline MappingIndex::Entry* MappingIndex::enter(IovaRange range, Entry* below) noexcept {
+  Entry* const above = below != nullptr ? below->next : head_;
+  if (below != nullptr && below->record.range.last >= range.start) [[unlikely]]
+    return nullptr;
+  if (above != nullptr && above->record.range.start <= range.last) [[unlikely]]
+    return nullptr;
+  if (size_ == entries_.entries_max()) [[unlikely]]
+    return nullptr;
+  return entries_.acquire(MappingRecord{.range = range}, below, above);
+}
+
+// Makes an entry part of the list that its own links lead into.
+[[gnu::always_inline]] inline void MappingIndex::link(Entry* entry) noexcept {
+  (entry->prev != nullptr ? entry->prev->next : head_) = entry;
+  if (entry->next != nullptr) entry->next->prev = entry;
+  ++size_;
+  bytes_ += entry->record.range.span() + 1;
 }
 
 Error MappingIndex::why_not(IovaRange range) const noexcept {
@@ -221,13 +251,18 @@ bool MappingIndex::erase(MappingId id) noexcept {
 }
 
 void MappingIndex::remove(Entry* entry) noexcept {
-  const IovaRange range = entry->record.range;
-  unhang(range.start.value);
+  const std::uint64_t key = entry->record.range.start.value;
+  const Ref leaf = Ref::to_entry(entry);
+  if (finger_.is_even() && finger_ && radix::covers(finger_, key) &&
+      finger_.large()->children[finger_.digit_of_large(key)] == leaf) [[likely]]
+    unhang_from_large(finger_, key);
+  else
+    unhang(key);
   (entry->prev != nullptr ? entry->prev->next : head_) = entry->next;
   if (entry->next != nullptr) entry->next->prev = entry->prev;
-  entries_.release(entry);
   --size_;
-  bytes_ -= range.span() + 1;
+  bytes_ -= entry->record.range.span() + 1;
+  entries_.release(entry);
 }
 
 // Makes `child` what stands below `parent` (nothing: at the root) on the way to `key`, where something stands already.
@@ -240,7 +275,7 @@ void MappingIndex::set_child(Ref parent, std::uint64_t key, Ref child) noexcept 
 }
 
 // Hangs an entry into the tree. False, and nothing changed, when there is no memory for the node this needs.
-[[gnu::always_inline]] inline bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noexcept {
+inline bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noexcept {
   const Ref leaf = Ref::to_entry(entry);
   if (!place.child && place.node && place.node.is_large()) [[likely]] {
     place.node.large()->add(place.node.digit_of_large(key), leaf);
@@ -285,7 +320,7 @@ bool MappingIndex::hang_anywhere(Place place, std::uint64_t key, Ref leaf) noexc
 }
 
 // Takes the entry at `key` out of the tree. Precondition: there is one.
-[[gnu::always_inline]] inline void MappingIndex::unhang(std::uint64_t key) noexcept {
+void MappingIndex::unhang(std::uint64_t key) noexcept {
   Ref node;
   Ref at = finger_ && radix::covers(finger_, key) ? finger_ : root_;
   while (!at.is_entry()) {
@@ -293,13 +328,16 @@ bool MappingIndex::hang_anywhere(Place place, std::uint64_t key, Ref leaf) noexc
     at = child_at(node, key);
   }
   finger_ = node;
-  if (node && node.is_large()) [[likely]] {
-    node.large()->remove(node.digit_of_large(key));
-    if (node.large()->is_sparse()) [[unlikely]]
-      narrow(node);
-    return;
-  }
-  unhang_from_small(node, key);
+  if (node && node.is_large())
+    unhang_from_large(node, key);
+  else
+    unhang_from_small(node, key);
+}
+
+[[gnu::always_inline]] inline void MappingIndex::unhang_from_large(Ref node, std::uint64_t key) noexcept {
+  node.large()->remove(node.digit_of_large(key));
+  if (node.large()->is_sparse()) [[unlikely]]
+    narrow(node);
 }
 
 void MappingIndex::unhang_from_small(Ref node, std::uint64_t key) noexcept {

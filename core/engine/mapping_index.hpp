@@ -155,9 +155,13 @@ class MappingIndex {
   Entry* floor(std::uint64_t key) const noexcept;
   const Entry* first_entry(IovaRange range) const noexcept;
 
+  MappingRecord* insert_anywhere(IovaRange range) noexcept;
+  Entry* enter(IovaRange range, Entry* below) noexcept;
+  void link(Entry* entry) noexcept;
   bool hang(const Place& place, std::uint64_t key, Entry* entry) noexcept;
   bool hang_anywhere(Place place, std::uint64_t key, radix::Ref leaf) noexcept;
   void unhang(std::uint64_t key) noexcept;
+  void unhang_from_large(radix::Ref node, std::uint64_t key) noexcept;
   void unhang_from_small(radix::Ref node, std::uint64_t key) noexcept;
   void set_child(radix::Ref parent, std::uint64_t key, radix::Ref child) noexcept;
   radix::Ref widen(radix::Ref node) noexcept;
