@@ -99,7 +99,7 @@ void Type1Space::execute(std::span<const BackendOp> ops, std::span<BackendOpResu
   for (std::size_t i = 0; i < ops.size(); ++i) results[i] = run(ops[i]);
 }
 
-BackendOpResult Type1Space::run(const BackendOp& op) noexcept {
+[[gnu::always_inline]] inline BackendOpResult Type1Space::run(const BackendOp& op) noexcept {
   switch (op.kind) {
     case OpKind::map: return map(op);
     case OpKind::unmap: return unmap(op.range);
@@ -125,7 +125,7 @@ inline bool Type1Space::locate(const BackendOp& op, std::uint64_t& address) cons
   return true;
 }
 
-BackendOpResult Type1Space::map(const BackendOp& op) noexcept {
+[[gnu::always_inline]] inline BackendOpResult Type1Space::map(const BackendOp& op) noexcept {
   std::uint64_t address = 0;
   if (op.range.last > map_last_ || !locate(op, address)) [[unlikely]]
     return {bad_map(op), {}};

@@ -83,7 +83,7 @@ Error BatchExecutor::not_begun() const noexcept {
                        : make_error(Errc::cancelled, Stage::validate, "the operation it was linked to failed");
 }
 
-inline void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noexcept {
+[[gnu::always_inline]] inline void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noexcept {
   switch (operation.kind) {
     case OperationKind::map: return plan_map(i, operation);
     case OperationKind::unmap: return plan_unmap(i, operation);
@@ -96,7 +96,7 @@ inline void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noe
   }
 }
 
-inline void BatchExecutor::plan_map(std::uint32_t i, const Operation& operation) noexcept {
+[[gnu::always_inline]] inline void BatchExecutor::plan_map(std::uint32_t i, const Operation& operation) noexcept {
   if (!is_access(operation.access)) [[unlikely]]
     return refuse(i, unknown_access());
   if (operation.piece_count != 0) return plan_scattered_map(i, operation);
@@ -275,7 +275,7 @@ inline void BatchExecutor::add_unmap(std::uint32_t i, IovaRange span, Bytes byte
   unmaps_[unmap_count_++] = {span, bytes, first, last, i, mappings};
 }
 
-inline void BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operation) noexcept {
+[[gnu::always_inline]] inline void BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operation) noexcept {
   IovaRange range = operation.range();
   MappingRecord* record = nullptr;
   if (operation.memory != 0) {

@@ -110,10 +110,26 @@ class BatchExecutor {
   bool map_again(const PendingMap& map) noexcept;
   backends::BackendOpResult execute_one(const backends::BackendOp& op) noexcept;
 
-  void retire(MappingRecord* record) noexcept;
+  /// The last steps of an unmap, in the contract's order: the pin, then the IOVA, which may be handed out from here on.
+  void retire(MappingRecord* record) noexcept {
+    const IovaRange range = record->range;
+    const std::uint32_t memory_index = record->region;
+    space_.index.erase(record);
+    drop_memory(memory_index);
+    release(range);
+  }
+  void release(IovaRange range) noexcept {
+    // The allocator refuses only what it never handed out, and then there is nothing to give back.
+    if (space_.allocator) (void)space_.allocator->free(range);
+  }
+  void drop_memory(std::uint32_t memory_index) noexcept {
+    if (memory_index == 0) return;
+    MemoryTable::Entry& entry = space_.memories.at(memory_index - 1);
+    if (--entry.mappings == 0 && !entry.owned) [[unlikely]]
+      forget_memory(memory_index);
+  }
+  void forget_memory(std::uint32_t memory_index) noexcept;
   void quarantine(MappingRecord& record) noexcept;
-  void release(IovaRange range) noexcept;
-  void drop_memory(std::uint32_t memory_index) noexcept;
   void put_map_op(backends::BackendOp& op, const ResolvedPiece& piece, IovaRange range, Access access) const noexcept {
     const bool copy = piece.region.value != 0 && space_.map_by_copy;
     op.kind = copy ? backends::OpKind::copy : backends::OpKind::map;

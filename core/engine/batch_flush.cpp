@@ -255,32 +255,16 @@ Result<Bytes> BatchExecutor::unmap_all() noexcept {
   return Bytes{removed};
 }
 
-// The last steps of an unmap, in the contract's order: the pin, then the IOVA, which may be handed out from here on.
-void BatchExecutor::retire(MappingRecord* record) noexcept {
-  const IovaRange range = record->range;
-  const std::uint32_t memory_index = record->region;
-  space_.index.erase(record);
-  drop_memory(memory_index);
-  release(range);
-}
-
 void BatchExecutor::quarantine(MappingRecord& record) noexcept {
   record.state = MappingState::quarantined;
   (*space_.counters)[Count::quarantined_mappings].add();
   (*space_.counters)[Count::quarantined_bytes].add(record.range.length().value);
 }
 
-void BatchExecutor::release(IovaRange range) noexcept {
-  // The allocator refuses only what it never handed out, and then there is nothing to give back.
-  if (space_.allocator) (void)space_.allocator->free(range);
-}
-
-void BatchExecutor::drop_memory(std::uint32_t memory_index) noexcept {
-  if (memory_index == 0) return;
-  MemoryTable::Entry& entry = space_.memories.at(memory_index - 1);
-  if (--entry.mappings != 0 || entry.owned) return;
-  // Its Memory object is gone already; this was the last mapping. A refusal keeps the pin until the space closes.
-  if (space_.backend->unregister_memory(entry.region)) space_.memories.forget(memory_index - 1);
+// Its Memory object is gone already, and this was the last mapping. A refusal keeps the pin until the space closes.
+void BatchExecutor::forget_memory(std::uint32_t memory_index) noexcept {
+  if (space_.backend->unregister_memory(space_.memories.at(memory_index - 1).region))
+    space_.memories.forget(memory_index - 1);
 }
 
 }  // namespace iovane::engine

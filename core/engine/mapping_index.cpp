@@ -1,6 +1,5 @@
 #include "engine/mapping_index.hpp"
 
-#include <bit>
 #include <limits>
 #include <utility>
 
@@ -148,14 +147,6 @@ MappingId MappingIndex::covering(Iova iova) const noexcept {
   return below != nullptr && below->record.range.contains(iova) ? id_of(below) : MappingId{};
 }
 
-MappingRecord* MappingIndex::exact(IovaRange range) noexcept {
-  const std::uint64_t key = range.start.value;
-  const Ref at = radix::follow(finger_ && radix::covers(finger_, key) ? finger_ : root_, key);
-  if (!at) return nullptr;
-  MappingRecord& record = at.entry<Entry>()->record;
-  return record.range == range ? &record : nullptr;
-}
-
 MappingId MappingIndex::first_in(IovaRange range) const noexcept { return id_of(first_entry(range)); }
 
 MappingId MappingIndex::next(MappingId id) const noexcept {
@@ -178,30 +169,6 @@ Result<MappingId> MappingIndex::insert(const MappingRecord& record) noexcept {
   return id_of(inserted);
 }
 
-// Most records go where the last one went: to a free digit of the finger, a large node, with a record below it there.
-MappingRecord* MappingIndex::try_insert(IovaRange range) noexcept {
-  if (!range.well_formed()) [[unlikely]]
-    return nullptr;
-  const std::uint64_t key = range.start.value;
-  if (finger_.is_even() && finger_ && radix::covers(finger_, key)) [[likely]] {
-    LargeNode& large = *finger_.large();
-    const unsigned digit = finger_.digit_of_large(key);
-    const std::uint64_t below = large.present & ((std::uint64_t{1} << digit) - 1);
-    if ((large.present >> digit & 1) == 0 && below != 0) [[likely]] {
-      const Ref neighbour = large.children[63 - std::countl_zero(below)];
-      if (neighbour.is_entry()) [[likely]] {
-        Entry* const entry = enter(range, neighbour.entry<Entry>());
-        if (entry == nullptr) [[unlikely]]
-          return nullptr;
-        large.add(digit, Ref::to_entry(entry));
-        link(entry);
-        return &entry->record;
-      }
-    }
-  }
-  return insert_anywhere(range);
-}
-
 MappingRecord* MappingIndex::insert_anywhere(IovaRange range) noexcept {
   const std::uint64_t key = range.start.value;
   const Place place = locate(key);
@@ -214,27 +181,6 @@ MappingRecord* MappingIndex::insert_anywhere(IovaRange range) noexcept {
   }
   link(entry);
   return &entry->record;
-}
-
-// An entry for `range` above `below` (nothing: the lowest) that nothing points at yet; nullptr when something is in the
-// way, or there is no room.
-[[gnu::always_inline]] inline MappingIndex::Entry* MappingIndex::enter(IovaRange range, Entry* below) noexcept {
-  Entry* const above = below != nullptr ? below->next : head_;
-  if (below != nullptr && below->record.range.last >= range.start) [[unlikely]]
-    return nullptr;
-  if (above != nullptr && above->record.range.start <= range.last) [[unlikely]]
-    return nullptr;
-  if (size_ == entries_.entries_max()) [[unlikely]]
-    return nullptr;
-  return entries_.acquire(MappingRecord{.range = range}, below, above);
-}
-
-// Makes an entry part of the list that its own links lead into.
-[[gnu::always_inline]] inline void MappingIndex::link(Entry* entry) noexcept {
-  (entry->prev != nullptr ? entry->prev->next : head_) = entry;
-  if (entry->next != nullptr) entry->next->prev = entry;
-  ++size_;
-  bytes_ += entry->record.range.span() + 1;
 }
 
 Error MappingIndex::why_not(IovaRange range) const noexcept {
@@ -250,21 +196,6 @@ bool MappingIndex::erase(MappingId id) noexcept {
   return true;
 }
 
-void MappingIndex::remove(Entry* entry) noexcept {
-  const std::uint64_t key = entry->record.range.start.value;
-  const Ref leaf = Ref::to_entry(entry);
-  if (finger_.is_even() && finger_ && radix::covers(finger_, key) &&
-      finger_.large()->children[finger_.digit_of_large(key)] == leaf) [[likely]]
-    unhang_from_large(finger_, key);
-  else
-    unhang(key);
-  (entry->prev != nullptr ? entry->prev->next : head_) = entry->next;
-  if (entry->next != nullptr) entry->next->prev = entry->prev;
-  --size_;
-  bytes_ -= entry->record.range.span() + 1;
-  entries_.release(entry);
-}
-
 // Makes `child` what stands below `parent` (nothing: at the root) on the way to `key`, where something stands already.
 void MappingIndex::set_child(Ref parent, std::uint64_t key, Ref child) noexcept {
   if (parent)
@@ -277,12 +208,16 @@ void MappingIndex::set_child(Ref parent, std::uint64_t key, Ref child) noexcept 
 // Hangs an entry into the tree. False, and nothing changed, when there is no memory for the node this needs.
 inline bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noexcept {
   const Ref leaf = Ref::to_entry(entry);
-  if (!place.child && place.node && place.node.is_large()) [[likely]] {
+  if (place.child || !place.node) [[unlikely]]
+    return hang_anywhere(place, key, leaf);
+  if (place.node.is_large())
     place.node.large()->add(place.node.digit_of_large(key), leaf);
-    finger_ = place.node;
-    return true;
-  }
-  return hang_anywhere(place, key, leaf);
+  else if (place.node.small()->count() < SmallNode::children_max)
+    place.node.small()->add(place.node.digit_of(key), leaf);
+  else
+    return hang_anywhere(place, key, leaf);
+  finger_ = place.node;
+  return true;
 }
 
 bool MappingIndex::hang_anywhere(Place place, std::uint64_t key, Ref leaf) noexcept {
@@ -305,16 +240,9 @@ bool MappingIndex::hang_anywhere(Place place, std::uint64_t key, Ref leaf) noexc
     root_ = leaf;
     return true;
   }
-  Ref node = place.node;
-  if (!node.is_large() && node.small()->count() == SmallNode::children_max) {
-    node = widen(node);
-    if (!node) return false;
-  }
-  const unsigned digit = node.digit_of(key);
-  if (node.is_large())
-    node.large()->add(digit, leaf);
-  else
-    node.small()->add(digit, leaf);
+  const Ref node = widen(place.node);  // a small one, and full
+  if (!node) return false;
+  node.large()->add(node.digit_of_large(key), leaf);
   finger_ = node;
   return true;
 }
@@ -332,12 +260,6 @@ void MappingIndex::unhang(std::uint64_t key) noexcept {
     unhang_from_large(node, key);
   else
     unhang_from_small(node, key);
-}
-
-[[gnu::always_inline]] inline void MappingIndex::unhang_from_large(Ref node, std::uint64_t key) noexcept {
-  node.large()->remove(node.digit_of_large(key));
-  if (node.large()->is_sparse()) [[unlikely]]
-    narrow(node);
 }
 
 void MappingIndex::unhang_from_small(Ref node, std::uint64_t key) noexcept {
