@@ -127,8 +127,12 @@ BackendOpResult IommufdSpace::map(const BackendOp& op) noexcept {
 // For lengths below SpaceOptions::copy_from.
 BackendOpResult IommufdSpace::copy_or_map(const BackendOp& op) noexcept {
   const BackendOpResult mapped = map(op);
+  if (!mapped.error || mapped.error.code == Errc::iova_busy) [[likely]]
+    return mapped;
+  // A map whose answer could not be written back fails, and stands.
+  if (mapped.error.os_errno == EFAULT && unmap(op.range).error) return mapped;
   // What a second pin meets (memlock, memory that its owner took away) a copy need not.
-  return mapped.error && mapped.error.code != Errc::iova_busy ? copy(op) : mapped;
+  return copy(op);
 }
 
 BackendOpResult IommufdSpace::unmap(IovaRange range) noexcept {

@@ -192,7 +192,15 @@ BackendOpResult Type1Space::unmap_each(IovaRange range) noexcept {
   BackendOpResult sum;
   Iova from = range.start;
   while (const auto mapping = starts_.next(from, range.last)) {
-    const BackendOpResult one = unmap_once(*mapping);
+    BackendOpResult one = unmap_once(*mapping);
+    // A kernel that could not write its answer back has unmapped: then the second call finds nothing.
+    if (one.error.os_errno == EFAULT) [[unlikely]] {
+      one = unmap_once(*mapping);
+      if (!one.error && one.bytes.value == 0) {
+        one.bytes = mapping->length();
+        live_bytes_ -= one.bytes.value;
+      }
+    }
     sum.bytes.value += one.bytes.value;
     if (!one.error && one.bytes == mapping->length()) {
       starts_.erase(mapping->start);

@@ -107,6 +107,8 @@ class BatchExecutor {
   void finish_maps() noexcept;
   void fail_map(const PendingMap& map) noexcept;
   bool undo_map(const PendingMap& map) noexcept;
+  bool clear_of(const backends::BackendOpResult& mapped, IovaRange range) noexcept;
+  Error take_out(IovaRange range) noexcept;
   bool map_again(const PendingMap& map) noexcept;
   backends::BackendOpResult execute_one(const backends::BackendOp& op) noexcept;
 
