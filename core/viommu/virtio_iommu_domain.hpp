@@ -1,4 +1,4 @@
-// Inside VirtioIommu: a guest domain.
+// Inside VirtioIommu: a guest domain, and what a driver is told about failures.
 #pragma once
 
 #include <cstdint>
@@ -18,5 +18,8 @@ struct VirtioIommu::Domain {
   std::vector<IovaRange> reserved;  // of all its endpoints
   ShadowDomain shadow;
 };
+
+/// What a driver is told about a failure of ours or of the host.
+virtio::Status status_of(const Error& error) noexcept;
 
 }  // namespace iovane::viommu

@@ -32,6 +32,7 @@
 #include "viommu/guest_memory.hpp"
 #include "viommu/shadow_domain.hpp"
 #include "viommu/vtd_descriptor.hpp"
+#include "viommu/vtd_queue.hpp"
 #include "viommu/vtd_sync.hpp"
 #include "viommu/vtd_tables.hpp"
 #include "viommu/vtd_walk.hpp"
@@ -188,7 +189,6 @@ class Vtd {
   void empty_some(const GuestMemory::View& view, Task& task) noexcept;
   void fail_domain(Domain& domain, const Error& error) noexcept;
   bool read_descriptors(const GuestMemory::View& view) noexcept;
-  VtdRawDescriptor load_descriptor(const std::uint64_t* page, std::uint32_t index) const noexcept;
   void mark_dirty(Domain& domain) noexcept;
   bool commit_domains() noexcept;
   void finish_round(const GuestMemory::View& view) noexcept;
@@ -208,16 +208,9 @@ class Vtd {
   bool enabled_ = false;
   bool busy_ = false;
   bool any_stale_ = false;
-  bool queue_on_ = false;
   bool queue_error_ = false;
   bool error_reported_ = false;
-  std::uint64_t iqa_ = 0;
-  std::uint64_t queue_gpa_ = 0;
-  std::uint32_t queue_entries_ = 0;
-  std::uint32_t entry_bytes_ = 16;
-  std::uint32_t head_ = 0;       // next descriptor to read
-  std::uint32_t done_head_ = 0;  // as the guest sees it
-  std::uint32_t tail_ = 0;
+  VtdQueue queue_;
   VtdStats stats_;
 };
 
