@@ -75,7 +75,7 @@ void copy_to_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept
   }
 }
 
-GuestMemory::GuestMemory() : table_{new detail::RegionTable} {}
+GuestMemory::GuestMemory() : table_{new detail::RegionTable} { base::prepare_asymmetric_barrier(); }
 
 GuestMemory::~GuestMemory() {
   // relaxed: destruction has no concurrent users by contract.
@@ -173,8 +173,26 @@ Result<void> GuestMemory::remove(RegionId id) {
   return {};
 }
 
-// Each set is waited for once: readers of the set that just went out of use, then those that came before them.
+void GuestMemory::enlist(Reader& reader) const {
+  const std::lock_guard lock{control_};
+  enlisted_.push_back(&reader);
+}
+
+void GuestMemory::dismiss(Reader& reader) const noexcept {
+  const std::lock_guard lock{control_};
+  std::erase(enlisted_, &reader);
+}
+
+// Each set of counters is waited for once: readers of the set that just went out of use, then those that came before
+// them. Then each Reader that has a View is waited for until it has not, or has another.
 void GuestMemory::wait_for_readers() noexcept {
+  base::heavy_barrier();
+  for (const Reader* reader : enlisted_) {
+    // A.turns - pairs with R.turns: what the View read happened before we free it. seq_cst: after the table store.
+    const std::uint64_t turn = reader->turns_.load(std::memory_order_seq_cst);
+    if ((turn & 1U) == 0) continue;
+    while (reader->turns_.load(std::memory_order_acquire) == turn) std::this_thread::yield();  // A.turns, as above
+  }
   for (int round = 0; round < 2; ++round) {
     // relaxed: the phase only says which counter to use; any choice is correct.
     const std::uint32_t old_phase = phase_.load(std::memory_order_relaxed) & 1U;
@@ -208,15 +226,10 @@ GuestMemory::View::View(const GuestMemory& memory, std::uint32_t stripe, std::ui
 GuestMemory::View::View(View&& o) noexcept
     : memory_{std::exchange(o.memory_, nullptr)},
       table_{o.table_},
+      reader_{o.reader_},
       hint_{o.hint_},
       stripe_{o.stripe_},
       phase_{o.phase_} {}
-
-GuestMemory::View::~View() {
-  if (memory_ == nullptr) return;
-  // R.readers - pairs with A.readers in wait_for_readers().
-  memory_->readers_[stripe_].readers[phase_].fetch_sub(1, std::memory_order_release);
-}
 
 const Region* GuestMemory::View::find_slow(std::uint64_t gpa) const noexcept {
   auto place = first_above(table_->regions, gpa);

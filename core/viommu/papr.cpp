@@ -16,7 +16,7 @@ constexpr std::uint64_t list_alignment = 4096;
 
 }  // namespace
 
-PaprTce::PaprTce(const GuestMemory& memory, KvmTceHost* kvm) : memory_{memory}, kvm_{kvm} {}
+PaprTce::PaprTce(const GuestMemory& memory, KvmTceHost* kvm) : memory_{memory}, reader_{memory}, kvm_{kvm} {}
 
 PaprTce::~PaprTce() { finish(); }
 
@@ -54,7 +54,7 @@ Progress PaprTce::call(std::uint64_t number, std::span<const std::uint64_t, 4> a
     if (index) answer_.value = window->load(*index);
     return Progress::done;
   }
-  const auto view = memory_.view();
+  const auto view = reader_.view();
   switch (number) {
     case hcall::put_tce: answer_.status = put(view, *window, arguments[1], arguments[2]); break;
     case hcall::stuff_tce: answer_.status = stuff(view, *window, arguments[1], arguments[2], arguments[3]); break;

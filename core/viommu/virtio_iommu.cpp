@@ -18,6 +18,7 @@ constexpr auto wait_slice = 1ms;
 
 VirtioIommu::VirtioIommu(const GuestMemory& memory, VirtioIommuConfig config)
     : memory_{memory},
+      reader_{memory},
       config_{std::move(config)},
       granule_{config_.page_size_mask & -config_.page_size_mask},
       bypass_config_{config_.bypass_at_boot} {
@@ -90,7 +91,7 @@ Progress VirtioIommu::advance() noexcept {
 
 // Starts what need not wait for what is before it. False: nothing could.
 bool VirtioIommu::start_requests() noexcept {
-  const auto view = memory_.view();
+  const auto view = reader_.view();
   bool any = false;
   bool passed_held = false;
   for (std::size_t i = next_; i < slots_.size(); ++i) {

@@ -176,6 +176,7 @@ class VirtioIommu {
   void mark_dirty(Domain& domain) noexcept;
 
   const GuestMemory& memory_;
+  GuestMemory::Reader reader_;  // of the data path: one thread at a time
   VirtioIommuConfig config_;
   std::uint64_t granule_;
   std::uint64_t features_ = 0;

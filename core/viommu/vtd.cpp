@@ -18,7 +18,7 @@ constexpr std::size_t tasks_max = 4096;
 }  // namespace
 
 Vtd::Vtd(const GuestMemory& memory, VtdConfig config, VtdEvents& events)
-    : memory_{memory}, config_{std::move(config)}, events_{events} {
+    : memory_{memory}, reader_{memory}, config_{std::move(config)}, events_{events} {
   config_.domain.granule_shift = 12;
   // Nothing is mapped at the interrupt range, whatever the tables say there: DMA to it is an interrupt request.
   config_.domain.reserved = {interrupt_range};
@@ -41,7 +41,7 @@ Progress Vtd::begin() noexcept {
 // so a long comparison never stages more than one call's work.
 Progress Vtd::advance() noexcept {
   if (!busy_) return Progress::done;
-  const auto view = memory_.view();
+  const auto view = reader_.view();
   budget_.left = config_.work_per_call;
   for (;;) {
     if (!commit_domains()) return Progress::pending;
@@ -160,7 +160,7 @@ std::uint64_t Vtd::head() const noexcept { return queue_.head(); }
 Progress Vtd::execute(const VtdDescriptor& descriptor) noexcept {
   finish();
   busy_ = true;
-  const auto view = memory_.view();
+  const auto view = reader_.view();
   budget_.left = config_.work_per_call;
   apply(view, descriptor);
   return advance();

@@ -195,6 +195,7 @@ class Vtd {
   Progress begin() noexcept;
 
   const GuestMemory& memory_;
+  GuestMemory::Reader reader_;  // of the data path: one thread at a time
   VtdConfig config_;
   VtdEvents& events_;
   std::vector<Endpoint> endpoints_;
