@@ -284,13 +284,4 @@ bool GuestMemory::View::write(std::uint64_t gpa, std::span<const std::byte> in) 
   return true;
 }
 
-bool GuestMemory::View::write_le32(std::uint64_t gpa, std::uint32_t value) const noexcept {
-  const Region* region = (gpa & 3U) == 0 ? find(gpa) : nullptr;
-  if (region == nullptr || region->read_only) return false;
-  if constexpr (std::endian::native == std::endian::big) value = __builtin_bswap32(value);
-  // R.status - pairs with the guest's own load: it sees the completion after everything it stands for.
-  __atomic_store_n(reinterpret_cast<std::uint32_t*>(region->address + (gpa - region->gpa)), value, __ATOMIC_RELEASE);
-  return true;
-}
-
 }  // namespace iovane::viommu

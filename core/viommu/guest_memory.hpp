@@ -4,9 +4,9 @@
 // changes the bytes and the VMM adds and removes regions.
 // Roles: any number of readers through View; add() and remove() are control plane, one at a time (a mutex).
 // Progress: taking and dropping a View never waits; remove() waits for the Views that were taken before it, so
-// afterwards the VMM may unmap the memory. A View from view() costs two atomic adds, one from a Reader two plain stores.
-// Invariant: a reader announces itself before it loads the region table, and remove() stores the new table before it
-// looks for announcements; so a reader that still sees the old table is seen.
+// afterwards the VMM may unmap the memory. A View from view() costs two atomic adds, one from a Reader two plain
+// stores. Invariant: a reader announces itself before it loads the region table, and remove() stores the new table
+// before it looks for announcements; so a reader that still sees the old table is seen.
 //   view(): a counter, in the single order of seq_cst. Counters come in two sets that take turns (as in the kernel's
 //   SRCU, kernel/rcu/srcutree.c), so new readers cannot keep remove() waiting.
 //   Reader: a word that is odd while its View lives and that no two Views share, so remove() waits for a change of each
@@ -17,6 +17,7 @@
 
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -189,11 +190,12 @@ class GuestMemory::Reader {
   friend class GuestMemory;
   friend class View;
   const GuestMemory& memory_;
-  std::uint32_t depth_ = 0;               // Views that live: its own thread's
+  std::uint32_t depth_ = 0;              // Views that live: its own thread's
   std::atomic<std::uint64_t> turns_{0};  // odd while one lives
 };
 
-inline GuestMemory::View::View(const GuestMemory& memory, Reader& reader) noexcept : memory_{&memory}, reader_{&reader} {
+inline GuestMemory::View::View(const GuestMemory& memory, Reader& reader) noexcept
+    : memory_{&memory}, reader_{&reader} {
   if (reader.depth_++ == 0)
     // W.announce - pairs with A.turns in wait_for_readers(). relaxed load: only this reader stores it.
     base::announce(reader.turns_, reader.turns_.load(std::memory_order_relaxed) + 1);
@@ -211,6 +213,15 @@ inline GuestMemory::View::~View() {
     // R.turns - pairs with A.turns: what the View read happened before the memory goes. relaxed load: as above.
     reader_->turns_.store(reader_->turns_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
   }
+}
+
+inline bool GuestMemory::View::write_le32(std::uint64_t gpa, std::uint32_t value) const noexcept {
+  const Region* region = (gpa & 3U) == 0 ? find(gpa) : nullptr;
+  if (region == nullptr || region->read_only) return false;
+  if constexpr (std::endian::native == std::endian::big) value = __builtin_bswap32(value);
+  // R.status - pairs with the guest's own load: it sees the completion after everything it stands for.
+  __atomic_store_n(reinterpret_cast<std::uint32_t*>(region->address + (gpa - region->gpa)), value, __ATOMIC_RELEASE);
+  return true;
 }
 
 }  // namespace iovane::viommu

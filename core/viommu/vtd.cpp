@@ -44,13 +44,14 @@ Progress Vtd::advance() noexcept {
   const auto view = reader_.view();
   budget_.left = config_.work_per_call;
   for (;;) {
-    if (!commit_domains()) return Progress::pending;
-    bool tasks_done = task_next_ == tasks_.size();
-    if (tasks_done) finish_round(view);
-    if (tasks_done && any_stale_) move_stale_endpoints(view);
+    if (!dirty_.empty() && !commit_domains()) return Progress::pending;
+    if (tasks_.empty()) {  // the round that an earlier call left is over
+      if (!waits_.empty()) finish_round(view);
+      if (any_stale_) move_stale_endpoints(view);
+    }
     const bool read_all = read_descriptors(view);
-    tasks_done = run_tasks(view);
-    if (!commit_domains()) return Progress::pending;
+    const bool tasks_done = tasks_.empty() || run_tasks(view);
+    if (!dirty_.empty() && !commit_domains()) return Progress::pending;
     if (!tasks_done || (budget_.left == 0 && !read_all)) {
       ++stats_.yields;
       return Progress::pending;
@@ -69,6 +70,15 @@ bool Vtd::read_descriptors(const GuestMemory::View& view) noexcept {
     if (budget_.left == 0 || any_stale_ || tasks_.size() - task_next_ >= tasks_max || waits_.size() >= queue_.entries())
       return false;
     const auto raw = queue_.peek(view);
+    if (raw && is_wait(*raw)) {
+      VtdDescriptor wait;
+      decode_wait(*raw, wait);
+      queue_.skip();
+      static_cast<void>(budget_.take(1));
+      ++stats_.descriptors;
+      add_wait(wait);
+      continue;
+    }
     const auto descriptor = raw ? decode_descriptor(*raw, config_.descriptors) : std::nullopt;
     if (!descriptor) {
       queue_error_ = true;
@@ -92,31 +102,31 @@ void Vtd::apply(const GuestMemory::View& view, const VtdDescriptor& d) noexcept 
     case Kind::iotlb:
     case Kind::pasid_iotlb: invalidate(view, d); return;
     case Kind::interrupt_cache: events_.interrupt_cache_invalidated(d); return;
-    case Kind::wait:
-      ++stats_.waits;
-      waits_.push_back({d.write_status, d.interrupt, d.status_address, d.status_data});
-      return;
+    case Kind::wait: add_wait(d); return;
     case Kind::device_iotlb:
     case Kind::pasid_device_iotlb: return;  // the host invalidates its devices' caches when it unmaps
   }
 }
 
-void Vtd::mark_dirty(Domain& domain) noexcept {
-  if (std::exchange(domain.dirty, true)) return;
-  dirty_.push_back(&domain);
+void Vtd::add_wait(const VtdDescriptor& d) noexcept {
+  ++stats_.waits;
+  waits_.push_back({d.write_status, d.interrupt, d.status_address, d.status_data});
 }
 
 // Every domain with staged edits gets its batch; true when all of them are in effect.
 bool Vtd::commit_domains() noexcept {
-  if (dirty_.empty()) return true;
-  std::erase_if(dirty_, [&](Domain* domain) {
-    if (domain->shadow.commit() == Progress::pending) return false;
+  std::size_t pending = 0;
+  for (Domain* domain : dirty_) {
+    if (domain->shadow.commit() == Progress::pending) {
+      dirty_[pending++] = domain;
+      continue;
+    }
     domain->dirty = false;
     for (const EditFailure& failure : domain->shadow.failures())
       events_.shadow_failed(domain->binding.domain, failure.error);
-    return true;
-  });
-  return dirty_.empty();
+  }
+  dirty_.resize(pending);
+  return pending == 0;
 }
 
 // Everything that was read is in effect: the guest may know.

@@ -178,6 +178,7 @@ class Vtd {
   Result<Domain*> domain_for(const GuestMemory::View& view, const VtdBinding& binding) noexcept;
   Domain& make_domain(const VtdBinding& binding);
   void drop_unused_domains() noexcept;
+  void add_wait(const VtdDescriptor& d) noexcept;
   std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) const noexcept;
   void invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
   bool compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept;
@@ -200,8 +201,14 @@ class Vtd {
   VtdEvents& events_;
   std::vector<Endpoint> endpoints_;
   std::vector<std::unique_ptr<Domain>> domains_;  // by binding.domain
-  std::vector<Domain*> dirty_;                    // with staged edits or a batch in flight
-  std::vector<Task> tasks_;                       // first in, first out from task_next_
+  struct Named {                                  // where in domains_ a domain id is: guests name one again and again
+    std::uint32_t id = ~0U;
+    std::size_t first = 0;
+    std::size_t count = 0;
+  };
+  mutable Named named_;
+  std::vector<Domain*> dirty_;  // with staged edits or a batch in flight
+  std::vector<Task> tasks_;     // first in, first out from task_next_
   std::size_t task_next_ = 0;
   std::vector<PendingWait> waits_;  // of this round, in order
   WorkBudget budget_{};

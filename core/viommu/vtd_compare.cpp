@@ -43,10 +43,13 @@ void Vtd::invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noex
 
 std::span<const std::unique_ptr<Vtd::Domain>> Vtd::domains_named(const VtdDescriptor& d) const noexcept {
   if (d.scope == VtdDescriptor::Scope::global) return domains_;
+  if (named_.id == d.domain) [[likely]]
+    return std::span{domains_}.subspan(named_.first, named_.count);
   const auto first = std::lower_bound(domains_.begin(), domains_.end(), d.domain,
                                       [](const auto& owned, std::uint16_t id) { return owned->binding.domain < id; });
   auto last = first;
   while (last != domains_.end() && (*last)->binding.domain == d.domain) ++last;
+  named_ = {d.domain, static_cast<std::size_t>(first - domains_.begin()), static_cast<std::size_t>(last - first)};
   return {first, last};
 }
 
@@ -59,6 +62,15 @@ bool Vtd::compare_run(const GuestMemory::View& view, Domain& domain, const IovaR
   const std::uint64_t* entries = domain.path.find(view, iova, inherited);
   if (entries == nullptr) entries = domain.path.follow(view, domain.binding.table, domain.rules, iova, inherited);
   if (entries == nullptr) return false;
+  if (range.span() < 4096) [[likely]] {
+    bool reserved = false;
+    Error error;
+    if (sync_entry(view, domain.shadow, domain.rules, iova, entries, inherited, 0, reserved, error)) [[likely]] {
+      static_cast<void>(budget_.take(1));
+      if (!note(domain, {std::nullopt, error, 1, reserved ? 1U : 0U})) tasks_.push_back(emptying(domain));
+      return true;
+    }
+  }
   const auto count = static_cast<unsigned>(range.span() >> 12) + 1;
   if (!note(domain, sync_entries(view, domain.shadow, domain.rules, iova, entries, count, inherited, budget_, 0)))
     tasks_.push_back(emptying(domain));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "viommu/vtd.hpp"
 #include "viommu/vtd_path.hpp"
@@ -25,5 +26,10 @@ struct Vtd::Domain {
     return b.kind == VtdBinding::Kind::pass_through || (b.domain == binding.domain && b.table == binding.table);
   }
 };
+
+inline void Vtd::mark_dirty(Domain& domain) noexcept {
+  if (std::exchange(domain.dirty, true)) return;
+  dirty_.push_back(&domain);
+}
 
 }  // namespace iovane::viommu

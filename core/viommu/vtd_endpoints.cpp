@@ -60,6 +60,7 @@ Result<void> Vtd::remove_endpoint(std::uint16_t source, std::optional<std::uint3
 }
 
 void Vtd::drop_unused_domains() noexcept {
+  named_ = {};
   std::erase_if(domains_, [&](const std::unique_ptr<Domain>& d) {
     if (d->users != 0) return false;
     std::erase(dirty_, d.get());
@@ -107,6 +108,7 @@ Vtd::Domain& Vtd::make_domain(const VtdBinding& binding) {
   auto made = std::make_unique<Domain>(config, binding, config_.capabilities);
   const auto place = std::upper_bound(domains_.begin(), domains_.end(), binding.domain,
                                       [](std::uint16_t id, const auto& d) { return id < d->binding.domain; });
+  named_ = {};
   return **domains_.insert(place, std::move(made));
 }
 
