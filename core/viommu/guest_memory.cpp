@@ -54,6 +54,10 @@ void copy_from_guest(std::byte* to, const std::byte* from, std::size_t n) noexce
       const std::uint64_t word = __atomic_load_n(reinterpret_cast<const std::uint64_t*>(from), __ATOMIC_RELAXED);
       __builtin_memcpy(to, &word, 8);
       to += 8, from += 8, n -= 8;
+    } else if (n >= 4 && (reinterpret_cast<std::uintptr_t>(from) & 3U) == 0) {
+      const std::uint32_t word = __atomic_load_n(reinterpret_cast<const std::uint32_t*>(from), __ATOMIC_RELAXED);
+      __builtin_memcpy(to, &word, 4);
+      to += 4, from += 4, n -= 4;
     } else {
       *to = static_cast<std::byte>(__atomic_load_n(reinterpret_cast<const unsigned char*>(from), __ATOMIC_RELAXED));
       ++to, ++from, --n;
@@ -68,6 +72,11 @@ void copy_to_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept
       __builtin_memcpy(&word, from, 8);
       __atomic_store_n(reinterpret_cast<std::uint64_t*>(to), word, __ATOMIC_RELAXED);
       to += 8, from += 8, n -= 8;
+    } else if (n >= 4 && (reinterpret_cast<std::uintptr_t>(to) & 3U) == 0) {
+      std::uint32_t word = 0;
+      __builtin_memcpy(&word, from, 4);
+      __atomic_store_n(reinterpret_cast<std::uint32_t*>(to), word, __ATOMIC_RELAXED);
+      to += 4, from += 4, n -= 4;
     } else {
       __atomic_store_n(reinterpret_cast<unsigned char*>(to), static_cast<unsigned char>(*from), __ATOMIC_RELAXED);
       ++to, ++from, --n;

@@ -75,7 +75,7 @@ std::size_t VirtioIommu::handle(std::span<const Request> requests) noexcept {
   }
   const std::size_t room = config_.requests_max - slots_.size();
   const std::size_t n = std::min(room, requests.size());
-  for (const Request& request : requests.first(n)) slots_.emplace_back().request = request;
+  for (const Request& request : requests.first(n)) slots_.emplace_back(request);
   static_cast<void>(advance());
   return n;
 }
@@ -110,7 +110,7 @@ bool VirtioIommu::start_requests() noexcept {
 
 void VirtioIommu::copy_request(Slot& slot) noexcept {
   ++stats_.requests;
-  slot.bytes.fill(std::byte{0});
+  slot.bytes[0] = std::byte{0};  // no request type; start() reads no more than it was given
   copy_from_guest(slot.bytes.data(), slot.request.readable.data(),
                   std::min(slot.request.readable.size(), slot.bytes.size()));
   slot.state = Slot::State::held;
@@ -118,27 +118,27 @@ void VirtioIommu::copy_request(Slot& slot) noexcept {
 
 // Every domain with staged edits gets its batch; where one has ended, its requests are answered. False: none has.
 bool VirtioIommu::commit_domains() noexcept {
-  const auto ended = std::erase_if(dirty_, [&](Domain* domain) {
-    if (domain->shadow.commit() == Progress::pending) return false;
+  const std::size_t before = dirty_.size();
+  std::size_t pending = 0;
+  for (Domain* domain : dirty_) {
+    if (domain->shadow.commit() == Progress::pending) {
+      dirty_[pending++] = domain;
+      continue;
+    }
     domain->dirty = false;
     ++stats_.batches;
     for (const EditFailure& failure : domain->shadow.failures())
       if (failure.tag < slots_.size() && slots_[failure.tag].status == Status::ok)
         slots_[failure.tag].status = status_of(failure.error);
-    return true;
-  });
-  if (ended == 0) return false;
+  }
+  dirty_.resize(pending);
+  if (pending == before) return false;
   for (std::size_t i = open_; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
     if (slot.state == Slot::State::staged && !slot.domain->dirty) answer(slot, slot.status);
     if (i == open_ && slot.state >= Slot::State::answered) ++open_;
   }
   return true;
-}
-
-void VirtioIommu::mark_dirty(Domain& domain) noexcept {
-  if (std::exchange(domain.dirty, true)) return;
-  dirty_.push_back(&domain);
 }
 
 void VirtioIommu::answer(Slot& slot, Status status) noexcept {

@@ -140,12 +140,13 @@ class VirtioIommu {
       answered,
       taken,
     };
-    Request request{};
+    explicit Slot(const Request& r) noexcept : request{r} {}
+    Request request;
     std::uint32_t written = 0;
     virtio::Status status = virtio::Status::ok;
     State state = State::fresh;
     Domain* domain = nullptr;  // of a staged one
-    Bytes72 bytes;             // the request, once it was looked at
+    Bytes72 bytes;             // the request, once it was looked at, as far as the driver gave any
   };
 
   Endpoint* find_endpoint(std::uint32_t id) noexcept;

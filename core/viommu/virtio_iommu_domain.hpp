@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "viommu/virtio_iommu.hpp"
@@ -18,6 +19,11 @@ struct VirtioIommu::Domain {
   std::vector<IovaRange> reserved;  // of all its endpoints
   ShadowDomain shadow;
 };
+
+inline void VirtioIommu::mark_dirty(Domain& domain) noexcept {
+  if (std::exchange(domain.dirty, true)) return;
+  dirty_.push_back(&domain);
+}
 
 /// What a driver is told about a failure of ours or of the host.
 virtio::Status status_of(const Error& error) noexcept;

@@ -63,23 +63,29 @@ Progress Vtd::advance() noexcept {
   return Progress::done;
 }
 
+inline void Vtd::add_wait(const VtdDescriptor& d) noexcept {
+  ++stats_.waits;
+  waits_.push_back({d.write_status, d.interrupt, d.status_address, d.status_data});
+}
+
 // True when there is nothing more to read. Stops at a descriptor that moves endpoints.
 bool Vtd::read_descriptors(const GuestMemory::View& view) noexcept {
   if (!queue_.on() || queue_error_) return true;
   while (!queue_.all_read()) {
     if (budget_.left == 0 || any_stale_ || tasks_.size() - task_next_ >= tasks_max || waits_.size() >= queue_.entries())
       return false;
-    const auto raw = queue_.peek(view);
-    if (raw && is_wait(*raw)) {
+    VtdRawDescriptor raw;
+    const bool readable = queue_.peek(view, raw);
+    if (readable && is_wait(raw)) {
       VtdDescriptor wait;
-      decode_wait(*raw, wait);
+      decode_wait(raw, wait);
       queue_.skip();
       static_cast<void>(budget_.take(1));
       ++stats_.descriptors;
       add_wait(wait);
       continue;
     }
-    const auto descriptor = raw ? decode_descriptor(*raw, config_.descriptors) : std::nullopt;
+    const auto descriptor = readable ? decode_descriptor(raw, config_.descriptors) : std::nullopt;
     if (!descriptor) {
       queue_error_ = true;
       ++stats_.queue_errors;
@@ -106,11 +112,6 @@ void Vtd::apply(const GuestMemory::View& view, const VtdDescriptor& d) noexcept 
     case Kind::device_iotlb:
     case Kind::pasid_device_iotlb: return;  // the host invalidates its devices' caches when it unmaps
   }
-}
-
-void Vtd::add_wait(const VtdDescriptor& d) noexcept {
-  ++stats_.waits;
-  waits_.push_back({d.write_status, d.interrupt, d.status_address, d.status_data});
 }
 
 // Every domain with staged edits gets its batch; true when all of them are in effect.

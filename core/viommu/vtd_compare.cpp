@@ -67,7 +67,13 @@ bool Vtd::compare_run(const GuestMemory::View& view, Domain& domain, const IovaR
     Error error;
     if (sync_entry(view, domain.shadow, domain.rules, iova, entries, inherited, 0, reserved, error)) [[likely]] {
       static_cast<void>(budget_.take(1));
-      if (!note(domain, {std::nullopt, error, 1, reserved ? 1U : 0U})) tasks_.push_back(emptying(domain));
+      ++stats_.entries_compared;
+      if (domain.shadow.staged() != 0) mark_dirty(domain);
+      if (reserved) ++stats_.reserved_entries;
+      if (!error.ok()) [[unlikely]] {
+        fail_domain(domain, error);
+        tasks_.push_back(emptying(domain));
+      }
       return true;
     }
   }

@@ -6,7 +6,6 @@
 
 #include <bit>
 #include <cstdint>
-#include <optional>
 
 #include "viommu/guest_memory.hpp"
 #include "viommu/vtd_descriptor.hpp"
@@ -51,18 +50,18 @@ class VtdQueue {
   std::uint64_t head() const noexcept { return std::uint64_t{done_} << entry_shift_; }
   std::uint64_t tail() const noexcept { return std::uint64_t{tail_} << entry_shift_; }
 
-  /// The next descriptor, each word of it loaded once; nothing when it is not in RAM. skip() goes past it.
-  std::optional<VtdRawDescriptor> peek(const GuestMemory::View& view) const noexcept {
+  /// The next descriptor, each word of it loaded once; false when it is not in RAM. skip() goes past it.
+  bool peek(const GuestMemory::View& view, VtdRawDescriptor& raw) const noexcept {
     // Aligned to its size, so it crosses no page, nor the border of a region.
     const std::uint64_t gpa = gpa_ + (std::uint64_t{next_} << entry_shift_);
     const Region* region = view.find(gpa);
-    if (region == nullptr) return std::nullopt;
+    if (region == nullptr) return false;
     const auto* words = reinterpret_cast<const std::uint64_t*>(region->address + (gpa - region->gpa));
-    VtdRawDescriptor raw{GuestMemory::View::load(words), GuestMemory::View::load(words + 1), 0, 0};
+    raw = {GuestMemory::View::load(words), GuestMemory::View::load(words + 1), 0, 0};
     if (entry_shift_ == 5) raw[2] = GuestMemory::View::load(words + 2), raw[3] = GuestMemory::View::load(words + 3);
     if constexpr (std::endian::native == std::endian::big)
       for (std::uint64_t& word : raw) word = __builtin_bswap64(word);
-    return raw;
+    return true;
   }
   void skip() noexcept { next_ = next_ + 1 == entries_ ? 0 : next_ + 1; }
   /// Everything that was read is in effect.
