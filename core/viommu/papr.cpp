@@ -79,15 +79,37 @@ Progress PaprTce::settle(Progress progress) noexcept {
     static_cast<void>(failure);
     break;
   }
+  if (pending_window_ != nullptr && pending_window_->kvm != nullptr)
+    give_to_kernel(*pending_window_, pending_first_, pending_count_);
   pending_ = nullptr;
   return Progress::done;
+}
+
+// What an entry may say: a page of the window's size; of RAM when KVM has the table and hardware is behind it.
+bool PaprTce::acceptable(const GuestMemory::View& view, const Window& window, std::uint64_t tce) noexcept {
+  if ((tce & tce_access_bits) == 0) return true;
+  if ((tce & window.page_mask() & ~std::uint64_t{0xfff}) != 0) return false;
+  if (window.kvm == nullptr || window.phb->devices.empty()) return true;
+  const std::uint64_t gpa = tce & ~window.page_mask();
+  const Region* const region = view.find(gpa);
+  return region != nullptr && region->last - gpa >= window.page_mask() &&
+         !(region->read_only && may_write(static_cast<Access>(tce & tce_access_bits)));
+}
+
+// Entries that a hypercall changed here although KVM has the table: the hardware has them, and the kernel keeps the
+// books.
+void PaprTce::give_to_kernel(Window& window, std::uint64_t first, std::uint64_t count) noexcept {
+  if (count == 0) return;
+  const std::uint64_t start = window.address + (first << window.page_shift);
+  const IovaRange range{Iova{start}, Iova{start + ((count << window.page_shift) - 1)}};
+  for (const Phb::Device& device : window.phb->devices) kvm_->hand_to_kernel(*device.target, range);
+  window.phb->shadow.abandon(range);
 }
 
 std::int64_t PaprTce::put(const GuestMemory::View& view, Window& window, std::uint64_t bus_address,
                           std::uint64_t tce) noexcept {
   const auto index = window.index_of(bus_address);
-  if (!index || ((tce & tce_access_bits) != 0 && (tce & window.page_mask() & ~std::uint64_t{0xfff}) != 0))
-    return hcall::parameter;
+  if (!index || !acceptable(view, window, tce)) return hcall::parameter;
   window.store(*index, tce);
   ++stats_.entries_changed;
   pending_window_ = &window;
@@ -120,14 +142,15 @@ std::int64_t PaprTce::put_list(const GuestMemory::View& view, Window& window, st
   while (done < count && status == hcall::success) {
     const std::uint64_t tce = tces[done];
     const std::uint64_t access = tce & tce_access_bits;
-    if (*first + done >= window.entries || (access != 0 && (tce & (page - 1) & ~std::uint64_t{0xfff}) != 0)) {
+    if (*first + done >= window.entries || !acceptable(view, window, tce)) {
       status = hcall::parameter;
       break;
     }
     // A run: entries of equal rights whose memory follows on, or entries without any.
     std::uint64_t run = 1;
     while (done + run < count && *first + done + run < window.entries && run < run_max &&
-           (access == 0 ? (tces[done + run] & tce_access_bits) == 0 : tces[done + run] == tce + run * page))
+           (access == 0 ? (tces[done + run] & tce_access_bits) == 0 : tces[done + run] == tce + run * page) &&
+           acceptable(view, window, tces[done + run]))
       ++run;
     for (std::uint64_t i = 0; i < run; ++i) window.store(*first + done + i, tces[done + i]);
     status = shadow(view, window, *first + done, run, tce);
@@ -148,8 +171,7 @@ std::int64_t PaprTce::stuff(const GuestMemory::View& view, Window& window, std::
   if (!first) return hcall::parameter;
   const bool clears = (tce & tce_access_bits) == 0;
   // Writing one live page over and over has no use; its work is bounded as H_PUT_TCE_INDIRECT's.
-  if (!clears && (count > hcall::indirect_entries_max || (tce & window.page_mask() & ~std::uint64_t{0xfff}) != 0))
-    return hcall::parameter;
+  if (!clears && (count > hcall::indirect_entries_max || !acceptable(view, window, tce))) return hcall::parameter;
   const std::uint64_t inside = std::min(count, window.entries - *first);
   pending_window_ = &window;
   pending_first_ = *first;
@@ -178,6 +200,11 @@ std::int64_t PaprTce::shadow(const GuestMemory::View& view, Window& window, std:
   ShadowDomain& domain = window.phb->shadow;
   const auto access = static_cast<Access>(tce & tce_access_bits);
   const auto tag = static_cast<std::uint32_t>(first);
+  if (access == Access::none && window.kvm != nullptr) {
+    for (const Phb::Device& device : window.phb->devices)
+      if (!kvm_->clear(*device.target, range)) return hcall::hardware;
+    return hcall::success;
+  }
   if (access == Access::none) return domain.unmap(view, range, CutRule::cut, tag) ? hcall::success : hcall::hardware;
   return domain.assign(view, range, tce & ~window.page_mask(), access, tag) ? hcall::success : hcall::hardware;
 }

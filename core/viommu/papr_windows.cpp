@@ -73,9 +73,10 @@ bool PaprTce::enable(Phb& phb, Window& window, std::uint32_t page_shift, std::ui
 void PaprTce::disable(Phb& phb, Window& window) noexcept {
   if (!window.enabled()) return;
   const auto view = memory_.view();
-  // Entries that KVM made are taken away by those who can: the hardware's windows go with the host's own window calls.
   static_cast<void>(phb.shadow.unmap(view, window.range(), CutRule::cut));
   phb.shadow.commit_and_wait();
+  if (window.kvm != nullptr)  // what KVM made, the shadow does not know
+    for (const Phb::Device& device : phb.devices) static_cast<void>(kvm_->clear(*device.target, window.range()));
   window.table = {};
   window.kvm.reset();
   window.user = {};
