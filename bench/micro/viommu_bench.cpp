@@ -165,7 +165,23 @@ void BM_VtdCompareUnchanged(benchmark::State& state) {
 }
 BENCHMARK(BM_VtdCompareUnchanged);
 
-// Guests on threads of their own.
+// Arithmetic that touches no memory: what a second thread can give on this machine, whatever the program. Its two
+// processors may be two threads of one core.
+std::uint64_t compute(std::uint64_t x) noexcept {
+  for (int i = 0; i < 64; ++i) {
+    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+    benchmark::DoNotOptimize(x);
+  }
+  return x;
+}
+void BM_ComputeFloor(benchmark::State& state) {
+  std::uint64_t x = 88172645463325252U + static_cast<std::uint64_t>(state.thread_index());
+  for (auto _ : state) x = compute(x);
+  state.SetItemsProcessed(state.iterations());
+}
+BENCHMARK(BM_ComputeFloor)->Threads(1)->Threads(2)->UseRealTime();
+
+// Guests on threads of their own; two of them against one, as a part of what BM_ComputeFloor gains.
 void BM_VtdGuests(benchmark::State& state) {
   VtdWorld world{static_cast<int>(state.range(0))};
   std::uint64_t at = 0;
@@ -198,12 +214,19 @@ void BM_VtdReaders(benchmark::State& state) {
 BENCHMARK(BM_VtdReaders)->Threads(1)->Threads(2)->UseRealTime();
 
 // A guest's notifications while another guest, on a thread of its own, does nothing (storm 0), or invalidates
-// everything it has as fast as it can: 32,768 entries and an index at its bound, over and over (storm 1).
+// everything it has as fast as it can: 32,768 entries and an index at its bound, over and over (storm 1); or while that
+// thread only computes (storm 2), which is what a busy neighbour costs on this machine without any guest.
 void BM_VtdNeighbourOfAStorm(benchmark::State& state) {
   VtdWorld world{idle};
   std::atomic<bool> stop{false};
   std::thread neighbour{[&] {
     if (state.range(0) == 0) return;
+    if (state.range(0) == 2) {
+      std::uint64_t x = 1;
+      // relaxed: only says when to stop.
+      while (!stop.load(std::memory_order_relaxed)) benchmark::DoNotOptimize(x = compute(x));
+      return;
+    }
     VtdWorld hostile{idle};
     // Every entry of the top table leads back to it: the walk has no end but its bounds.
     for (std::uint64_t i = 0; i < 512; ++i) hostile.store(0x3000 + i * 8, 0x3003);
@@ -228,7 +251,7 @@ void BM_VtdNeighbourOfAStorm(benchmark::State& state) {
   neighbour.join();
   state.SetItemsProcessed(state.iterations() * 2);
 }
-BENCHMARK(BM_VtdNeighbourOfAStorm)->ArgName("storm")->Arg(0)->Arg(1)->UseRealTime();
+BENCHMARK(BM_VtdNeighbourOfAStorm)->ArgName("storm")->Arg(0)->Arg(1)->Arg(2)->UseRealTime();
 
 // What one call may cost, however hostile the tables: the longest of a storm's calls, which end with `pending`.
 void BM_VtdStormCall(benchmark::State& state) {

@@ -26,9 +26,10 @@ class VtdQueue {
     next_ = done_ = tail_ = 0;
     return on_;
   }
-  /// IQT as written; false when it is outside the queue. Its unit is the descriptor's size: a 256-bit queue has one bit
-  /// less (bit 4 reserved).
+  /// IQT as written; false when it is outside the queue or, where descriptors have 256 bits, between two of them (bit 4
+  /// is reserved there).
   bool set_tail(std::uint64_t iqt) noexcept {
+    if ((iqt & 0x7fff0 & ((1U << entry_shift_) - 1)) != 0) return false;
     const auto tail = static_cast<std::uint32_t>((iqt & 0x7fff0) >> entry_shift_);
     if (tail >= entries_) return false;
     tail_ = tail;

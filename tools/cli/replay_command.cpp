@@ -71,7 +71,7 @@ Result<std::unique_ptr<replay::ReplayTarget>> open_target(const std::string& nam
     const auto unmap = name == "engine-relaxed" ? UnmapMode::relaxed : UnmapMode::strict;
     return up(replay::EngineTarget::open(host, memory, arguments.batch_max, {unmap, arguments.stats}));
   }
-  if (name == "virtio-iommu" || name == "vtd" || name == "papr")
+  if (std::find(arguments.front_ends.begin(), arguments.front_ends.end(), name) != arguments.front_ends.end())
     return up(replay::FrontEndTarget::open(name, host, memory, arguments.batch_max));
   const auto unit = name.starts_with("leaf") ? replay::RawUnit::leaf : replay::RawUnit::event;
   const auto map = name.ends_with("-copy") ? replay::RawMap::copy : replay::RawMap::memory;
@@ -162,10 +162,10 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
   replay
       ->add_option("--front-end", arguments->front_ends,
                    "Also replay as a guest's own IOMMU driver would, through these vIOMMU front ends: virtio-iommu "
-                   "(a notification per batch), vtd and papr (one per event)")
+                   "and vtd (a notification per batch), vtd-each and papr (one per event)")
       ->delimiter(',')
       ->allow_extra_args(false)
-      ->check(CLI::IsMember({"virtio-iommu", "vtd", "papr"}));
+      ->check(CLI::IsMember({"virtio-iommu", "vtd", "vtd-each", "papr"}));
   replay->add_option("--batch", arguments->batch_max, "Most events that are submitted together")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();

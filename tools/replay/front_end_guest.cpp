@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstring>
 #include <vector>
 
 #include "base/error_text.hpp"
@@ -40,10 +41,9 @@ class VirtioIommuGuest final : public FrontEndGuest {
   Result<void> attach(viommu::ShadowTarget& target) override {
     if (auto added = unit_.add_endpoint(endpoint, &target, {}); !added) return added;
     Buffer& buffer = buffers_[0];
-    buffer.put(0, 4, static_cast<std::uint64_t>(viommu::virtio::RequestType::attach));
-    buffer.put(4, 4, domain);
-    buffer.put(8, 4, endpoint);
-    buffer.put(12, 8, 0);
+    buffer.put_head(viommu::virtio::RequestType::attach);
+    buffer.put(8, std::uint64_t{endpoint});
+    buffer.put(16, std::uint32_t{0});
     return send({&buffer, 1}, viommu::virtio::attach_bytes) ? Result<void>{} : refused(buffer);
   }
   Result<void> detach(viommu::ShadowTarget&) override {
@@ -56,14 +56,11 @@ class VirtioIommuGuest final : public FrontEndGuest {
       const Operation& op = batch[i];
       Buffer& buffer = buffers_[i];
       const bool map = op.kind == trace::EventKind::map;
-      buffer.put(
-          0, 4,
-          static_cast<std::uint64_t>(map ? viommu::virtio::RequestType::map : viommu::virtio::RequestType::unmap));
-      buffer.put(4, 4, domain);
-      buffer.put(8, 8, op.range.start.value);
-      buffer.put(16, 8, op.range.last.value);
-      buffer.put(24, 8, map ? guest_ram_start + op.memory : 0);
-      buffer.put(32, 4, viommu::virtio::map_read | viommu::virtio::map_write);
+      buffer.put_head(map ? viommu::virtio::RequestType::map : viommu::virtio::RequestType::unmap);
+      buffer.put(8, op.range.start.value);
+      buffer.put(16, op.range.last.value);
+      buffer.put(24, map ? guest_ram_start + op.memory : 0);
+      buffer.put(32, viommu::virtio::map_read | viommu::virtio::map_write);
       buffer.bytes = map ? viommu::virtio::map_bytes : viommu::virtio::unmap_bytes;
     }
     send(std::span{buffers_}.first(batch.size()), 0);
@@ -76,11 +73,19 @@ class VirtioIommuGuest final : public FrontEndGuest {
   static constexpr std::size_t at_once = 64;
 
   struct Buffer {
-    std::array<std::byte, viommu::virtio::map_bytes> in{};
+    alignas(8) std::array<std::byte, viommu::virtio::map_bytes> in{};
     std::array<std::byte, viommu::virtio::tail_bytes> out{};
     std::size_t bytes = 0;
-    void put(std::size_t at, std::size_t n, std::uint64_t value) noexcept {
-      for (std::size_t i = 0; i < n; ++i) in[at + i] = static_cast<std::byte>(value >> (8 * i));
+    // As a driver does it: one store for each field, little endian.
+    template <typename Word>
+    void put(std::size_t at, Word value) noexcept {
+      if constexpr (std::endian::native == std::endian::big)
+        value = sizeof value == 8 ? static_cast<Word>(__builtin_bswap64(value))
+                                  : static_cast<Word>(__builtin_bswap32(static_cast<std::uint32_t>(value)));
+      std::memcpy(in.data() + at, &value, sizeof value);
+    }
+    void put_head(viommu::virtio::RequestType type) noexcept {
+      put(0, static_cast<std::uint64_t>(type) | std::uint64_t{domain} << 32);
     }
     bool ok() const noexcept { return out[0] == std::byte{0}; }
   };
@@ -113,13 +118,15 @@ class VirtioIommuGuest final : public FrontEndGuest {
   bool attached_ = false;
 };
 
-// VT-d: page table entries, then an invalidation of the smallest block that holds them and a wait, as Linux does it.
+// VT-d: for each event page table entries, an invalidation of the smallest block that holds them, and a wait, as Linux
+// does it. All of a batch are in the queue when the unit looks, as those of a guest with many processors are; or
+// (`each`) the unit looks after every one, as for a guest with one.
 class VtdGuest final : public FrontEndGuest {
  public:
-  VtdGuest(const viommu::GuestMemory& memory, const GuestTables& tables)
-      : tables_{tables}, unit_{memory, config(), events_} {}
+  VtdGuest(const viommu::GuestMemory& memory, const GuestTables& tables, bool each)
+      : tables_{tables}, each_{each}, unit_{memory, config(), events_} {}
 
-  bool batches() const noexcept override { return false; }
+  bool batches() const noexcept override { return !each_; }
 
   Result<void> attach(viommu::ShadowTarget& target) override {
     tables_.store(root, context | 1);
@@ -139,8 +146,8 @@ class VtdGuest final : public FrontEndGuest {
       const bool map = op.kind == trace::EventKind::map;
       write_entries(op.range, map ? guest_ram_start + op.memory : 0, map ? 3 : 0);
       invalidate(op.range);
+      enqueue(wait_with_status | ++waited_ << 32, status);
     }
-    enqueue(wait_with_status | ++waited_ << 32, status);
     if (unit_.write_tail(tail_ * 16) != viommu::Progress::done) unit_.finish();
     Error error = events_.error;
     if (error.ok() && static_cast<std::uint32_t>(tables_.load(status)) != static_cast<std::uint32_t>(waited_))
@@ -211,6 +218,7 @@ class VtdGuest final : public FrontEndGuest {
   }
 
   const GuestTables& tables_;
+  bool each_;
   Events events_;
   viommu::Vtd unit_;
   std::uint64_t next_table_ = first_table;
@@ -278,8 +286,8 @@ class PaprGuest final : public FrontEndGuest {
 std::unique_ptr<FrontEndGuest> make_virtio_iommu_guest(const viommu::GuestMemory& memory, std::size_t batch_max) {
   return std::make_unique<VirtioIommuGuest>(memory, batch_max);
 }
-std::unique_ptr<FrontEndGuest> make_vtd_guest(const viommu::GuestMemory& memory, const GuestTables& tables) {
-  return std::make_unique<VtdGuest>(memory, tables);
+std::unique_ptr<FrontEndGuest> make_vtd_guest(const viommu::GuestMemory& memory, const GuestTables& tables, bool each) {
+  return std::make_unique<VtdGuest>(memory, tables, each);
 }
 std::unique_ptr<FrontEndGuest> make_papr_guest(const viommu::GuestMemory& memory, const GuestTables& tables) {
   return std::make_unique<PaprGuest>(memory, tables);

@@ -60,7 +60,7 @@ class FrontEndGuest {
 };
 
 std::unique_ptr<FrontEndGuest> make_virtio_iommu_guest(const viommu::GuestMemory& memory, std::size_t batch_max);
-std::unique_ptr<FrontEndGuest> make_vtd_guest(const viommu::GuestMemory& memory, const GuestTables& tables);
+std::unique_ptr<FrontEndGuest> make_vtd_guest(const viommu::GuestMemory& memory, const GuestTables& tables, bool each);
 std::unique_ptr<FrontEndGuest> make_papr_guest(const viommu::GuestMemory& memory, const GuestTables& tables);
 
 }  // namespace iovane::replay

@@ -20,14 +20,14 @@ Result<std::unique_ptr<FrontEndTarget>> FrontEndTarget::open(std::string_view na
   if (auto opened = target->open_host(host, memory); !opened) return opened.error();
   if (name == "virtio-iommu") {
     target->guest_ = make_virtio_iommu_guest(target->memory_, batch_max);
-  } else if (name == "vtd") {
-    target->guest_ = make_vtd_guest(target->memory_, *target->tables_);
+  } else if (name == "vtd" || name == "vtd-each") {
+    target->guest_ = make_vtd_guest(target->memory_, *target->tables_, name == "vtd-each");
   } else if (name == "papr") {
     target->guest_ = make_papr_guest(target->memory_, *target->tables_);
   } else {
     return base::fail(Errc::invalid_argument, Stage::open, 0,
                       "there is no front end '{}'; there are: virtio-iommu, "
-                      "vtd, papr",
+                      "vtd, vtd-each, papr",
                       name);
   }
   if (auto attached = target->guest_->attach(*target->target_); !attached) return attached.error();
