@@ -120,6 +120,11 @@ void cache_cold_adjacent_4k_requests(benchmark::State& state) {
   cold(state, {.chunk = Bytes{static_cast<std::uint64_t>(state.range(0)) << 10}}, 1, false);
 }
 
+// The same with the default chunk and growth. Argument: chunk_max in KiB.
+void cache_cold_adjacent_4k_requests_growing(benchmark::State& state) {
+  cold(state, {.chunk_max = Bytes{static_cast<std::uint64_t>(state.range(0)) << 10}}, 1, false);
+}
+
 // Every request misses and evicts: a circle twice as large as the budget. Per request of one chunk of 64 KiB.
 void cache_miss_and_evict_64k(benchmark::State& state) {
   auto provider = open_provider(state);
@@ -212,6 +217,7 @@ BENCHMARK(pin_one_bulk_call)->Arg(0)->Arg(1)->UseRealTime();
 BENCHMARK(pin_each_chunk_by_a_call)->Arg(4)->Arg(64)->Arg(512)->Arg(2048)->UseRealTime();
 BENCHMARK(cache_cold_in_one_request)->Arg(0)->Arg(1)->UseRealTime();
 BENCHMARK(cache_cold_adjacent_4k_requests)->Arg(4)->Arg(64)->Arg(512)->Arg(2048)->UseRealTime();
+BENCHMARK(cache_cold_adjacent_4k_requests_growing)->Arg(512)->Arg(1024)->Arg(2048)->UseRealTime();
 BENCHMARK(cache_miss_and_evict_64k)->Arg(1)->Arg(8)->Arg(32)->UseRealTime();
 BENCHMARK(munmap_64k_bare)->UseRealTime();
 BENCHMARK(munmap_64k_watched)->UseRealTime();
