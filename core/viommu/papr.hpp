@@ -182,6 +182,7 @@ class PaprTce {
   Progress settle(Progress progress) noexcept;
 
   const GuestMemory& memory_;
+  GuestMemory::Reader reader_;  // of the data path: one thread at a time
   KvmTceHost* kvm_;
   std::vector<std::unique_ptr<Phb>> phbs_;
   Window* last_window_ = nullptr;  // hypercalls come in runs for one
