@@ -10,7 +10,6 @@
 // page by page in each map, and charges the whole default window to the process while a device is attached.
 #pragma once
 
-#include <atomic>
 #include <vector>
 
 #include "backends/backend.hpp"
@@ -70,7 +69,7 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   int unmap_call(IovaRange range) noexcept;
   int map_call(IovaRange range, std::uint64_t address, Access access) noexcept;
   void enter(TceBook& book, TceRun run, const Source& source, Access access) noexcept;
-  void leave(TceBook& book, TceRun run) noexcept;
+  std::uint64_t leave(TceBook& book, TceRun run) noexcept;
   bool restore(TceBook& book, TceRun run) noexcept;
   BackendOpResult unmap(IovaRange range) noexcept;
   BackendOpResult unmap_in(TceBook& book, IovaRange range) noexcept;
@@ -94,7 +93,6 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   SpaceMemory memory_;
   std::vector<TceBook> books_;   // sorted by address
   std::vector<Region> regions_;  // index = RegionId - 1
-  std::atomic<std::uint64_t> live_bytes_{0};
   std::uint64_t os_page_;
 };
 

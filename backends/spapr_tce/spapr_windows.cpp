@@ -100,7 +100,9 @@ Error SpaprSpace::attach_error(const Error& error, const std::string& device) co
                       : "its group cannot have the same windows as those that are attached (another kind of bridge, or "
                         "on pseries another bridge)";
   return base::fail(error.code == Errc::iova_reserved ? Errc::unsupported : error.code, Stage::attach, error.os_errno,
-                    "{} cannot join the container: {}; give it a space of its own ({})", device, why, error.detail());
+                    "{} cannot join the container: {}; give it a space of its own (VFIO_GROUP_SET_CONTAINER or "
+                    "VFIO_SET_IOMMU: errno {})",
+                    device, why, error.os_errno);
 }
 
 Result<AttachedDevice> SpaprSpace::attach(const DeviceSource& source) {
@@ -174,10 +176,11 @@ Result<SpaprLimits> SpaprSpace::limits() {
   return limits;
 }
 
-/// Version 2 makes the default window with the first call that needs it; an unmap of one page that is not mapped is
-/// such a call and changes nothing else. So its memory is charged here, where a refusal can still be said. The unmap is
-/// EPERM until the container is enabled, which on version 2 the first successful REGISTER does: hence a page of our
-/// own, registered for a moment.
+/// The kernel makes the default window with the first call that needs it, without a lock: two first maps at once make
+/// two, and trip over that (seen on Linux 6.12). An unmap of one page that is not mapped is such a call and changes
+/// nothing else; so the window is made here, and charged where a refusal can still be said. The unmap is EPERM until
+/// the container is enabled, which on version 2 the first successful REGISTER does: hence a page of our own, registered
+/// for a moment.
 Result<void> SpaprSpace::open_default_window() {
   const auto known = limits();
   if (!known) return known.error();
@@ -188,13 +191,13 @@ Result<void> SpaprSpace::open_default_window() {
     const auto held = memory_.hold(page.address(), os_page_);
     if (!held) return held.error();
     memory_.release(*held);
-    uapi::Type1DmaUnmap touch{.iova = known->default_window.start.value, .size = 4096};
-    if (const int why = call(kernel_, container_.get(), touch); why == ENOMEM) {
-      return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::attach, "the default window's table",
-                               spapr_table_bytes_max(known->default_window.length(), Bytes{4096}));
-    } else if (why != 0) {
-      return explain_call(Stage::attach, "making the default window", why);
-    }
+  }
+  uapi::Type1DmaUnmap touch{.iova = known->default_window.start.value, .size = 4096};
+  if (const int why = call(kernel_, container_.get(), touch); why == ENOMEM) {
+    return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::attach, "the default window's table",
+                             spapr_table_bytes_max(known->default_window.length(), Bytes{4096}));
+  } else if (why != 0) {
+    return explain_call(Stage::attach, "making the default window", why);
   }
   auto book = TceBook::make(
       {.range = known->default_window, .page = Bytes{4096}, .levels = 0, .table = {}, .is_default = true});
@@ -303,7 +306,8 @@ Result<void> SpaprSpace::remove_window(Iova start) {
 Result<void> SpaprSpace::detach(DeviceId device) {
   if (!groups_.contains(device)) return groups_.remove(device);
   if (!groups_.is_last(device)) return groups_.remove(device);
-  const std::uint64_t live = live_bytes_.load(std::memory_order_relaxed);  // relaxed: control plane
+  std::uint64_t live = 0;
+  for (const TceBook& book : books_) live += book.live_count() * book.page();
   if (live != 0)
     return base::fail(
         Errc::busy, Stage::detach, 0,
