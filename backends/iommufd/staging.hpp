@@ -55,6 +55,7 @@ class Staging {
   Result<IovaRange> find_room(const MemoryRange& memory);
   Result<void> map_chunks(StagedMemory& staged);
   int map_chunk(const StagedMemory& staged, IovaRange chunk) noexcept;
+  int settled(int why, IovaRange chunk) noexcept;
   int unmap(IovaRange range) noexcept;
 
   Kernel& kernel_;

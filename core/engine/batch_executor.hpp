@@ -36,8 +36,8 @@ class BatchExecutor {
   void run(QueueCore& queue, bool for_another) noexcept;
   /// Executes one operation. `link_broken` as in QueueCore.
   Completion run_one(const Operation& operation) noexcept;
-  /// Unmaps everything, quarantined mappings included in the attempt.
-  Result<Bytes> unmap_all() noexcept;
+  /// Unmaps everything, quarantined mappings included in the attempt; how many bytes, and the first refusal.
+  Error unmap_all(Bytes& removed) noexcept;
   /// Relaxed mode: carries out every deferred unmap; the bytes that devices can no longer reach. Not within a phase.
   Bytes flush_stale() noexcept;
   /// Relaxed mode: does so if a bound is reached by `now_ns` of the monotonic clock.

@@ -242,9 +242,9 @@ BackendOpResult BatchExecutor::execute_one(const BackendOp& op) noexcept {
 }
 
 // One call where that works; otherwise one by one, so that everything that can go is gone and the rest is quarantined.
-Result<Bytes> BatchExecutor::unmap_all() noexcept {
+Error BatchExecutor::unmap_all(Bytes& removed) noexcept {
   const Result<Bytes> all = space_.backend->unmap_all();
-  std::uint64_t removed = 0;
+  removed = {};
   Error first{};
   for (MappingRecord* record = space_.index.first_record(IovaRange::everything()); record != nullptr;) {
     MappingRecord* const following = MappingIndex::next_record(record);
@@ -259,15 +259,14 @@ Result<Bytes> BatchExecutor::unmap_all() noexcept {
         (*space_.counters)[Count::quarantined_mappings].subtract();
         (*space_.counters)[Count::quarantined_bytes].subtract(record->range.length().value);
       }
-      if (record->state != MappingState::stale) removed += record->range.length().value;
+      if (record->state != MappingState::stale) removed.value += record->range.length().value;
       retire(record);
     }
     record = following;
   }
   if (space_.stale) space_.stale->clear();
   publish_gauges();
-  if (first) return first;
-  return Bytes{removed};
+  return first;
 }
 
 void BatchExecutor::quarantine(MappingRecord& record) noexcept {

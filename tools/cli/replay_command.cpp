@@ -35,6 +35,7 @@ struct Arguments {
   std::uint64_t memory_mib_max = 4096;
   std::uint32_t rounds = 1;
   bool verify = true;
+  bool measure = true;
   bool stats = false;
   bool json = false;
 };
@@ -103,7 +104,9 @@ ExitStatus run_replay(Arguments arguments) {
     if (!loaded) return report_input(loaded.error());
     traces.push_back(*std::move(loaded));
   }
-  const auto host = replay::Host::open(arguments.backend, arguments.device);
+  const auto measure =
+      arguments.measure ? backends::ProbeOptions::Measure::when_new : backends::ProbeOptions::Measure::never;
+  const auto host = replay::Host::open(arguments.backend, arguments.device, measure);
   if (!host) {
     const ExitStatus status = report(host.error());
     return host.error().code == Errc::invalid_argument ? ExitStatus::usage : status;  // an unknown backend
@@ -181,6 +184,8 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
       ->capture_default_str();
   replay->add_flag("--verify,!--no-verify", arguments->verify,
                    "Compare with the reference after every batch (default)");
+  replay->add_flag("--measure,!--no-measure", arguments->measure,
+                   "With auto and iommufd: measure this host's interfaces once per boot, and choose by it (default)");
   replay->add_flag("--stats", arguments->stats, "Publish the engine's counters, for 'iovane top' in another terminal");
   replay->add_flag("--json", arguments->json, "Print one JSON object");
   replay->callback([&run, arguments] { run = [arguments] { return run_replay(*arguments); }; });

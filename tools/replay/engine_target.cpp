@@ -28,7 +28,8 @@ Result<std::unique_ptr<EngineTarget>> EngineTarget::open(Host& host, const Guest
     if (!made) return made.error();
     stats_page = *std::move(made);
   }
-  target->engine_ = EngineAccess::open(*std::move(backend), host.backend(), {}, std::move(stats_page));
+  target->engine_ =
+      EngineAccess::open(*std::move(backend), host.backend(), {}, std::move(stats_page), host.copy_from());
   AddressSpaceConfig config;
   config.name = "replay";
   config.layout = LayoutPolicy::fixed;  // a guest chooses its IOVAs

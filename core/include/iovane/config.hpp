@@ -26,7 +26,8 @@ struct WorkerConfig {
   /// some 70 microseconds.
   std::chrono::nanoseconds spin{0};
   /// Called first thing on each worker's thread, with its number: the place for a host's own seccomp filter or control
-  /// group. The calls that a worker makes are in docs/ARCHITECTURE.md.
+  /// group. The calls that a worker makes are in docs/ENGINE.md. If it throws, the worker does nothing, and whoever
+  /// waits for it does its work.
   std::function<void(unsigned)> on_start{};
 };
 
@@ -51,7 +52,9 @@ struct EngineConfig {
   /// The environment variable IOVANE_BACKEND stands in for "auto".
   std::string backend = "auto";
   /// "auto" may open an idle device on each interface, once per boot, and time some maps and unmaps (40 ms of them, and
-  /// whatever the device's reset takes); see docs/LIVE.md. IOVANE_MEASURE=never, cached, when-new or always overrides.
+  /// whatever the device's reset takes); see docs/LIVE.md. "iommufd" uses a measurement that is on file to choose
+  /// between sharing and repeating pins; only `always` makes one for it. IOVANE_MEASURE=never, cached, when-new or
+  /// always overrides.
   AutoMeasure measure = AutoMeasure::when_new;
   /// Where the measurement is kept; empty: IOVANE_MEASUREMENT_FILE, or $XDG_CACHE_HOME/iovane/interfaces,
   /// $HOME/.cache/iovane/interfaces, /run/iovane/interfaces.
