@@ -1,5 +1,6 @@
 #include "replay/front_end_target.hpp"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 #include <vector>
@@ -68,11 +69,17 @@ Result<void> FrontEndTarget::open_host(Host& host, const GuestMemory& memory) {
   return {};
 }
 
+void FrontEndTarget::prepare(std::span<const Operation> batch) noexcept {
+  guest_->write(batch.first(std::min(errors_at_once, batch.size())));
+  prepared_ = true;
+}
+
 void FrontEndTarget::run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept {
   std::array<Error, errors_at_once> errors;
   for (std::size_t first = 0; first < batch.size(); first += errors.size()) {
     const auto part = batch.subspan(first, std::min(errors.size(), batch.size() - first));
-    guest_->run(part, std::span{errors}.first(part.size()));
+    if (!std::exchange(prepared_, false)) guest_->write(part);
+    guest_->notify(part, std::span{errors}.first(part.size()));
     // No protocol says how much an unmap removed: what it asked for. The index is compared after every batch.
     for (std::size_t i = 0; i < part.size(); ++i) verdicts[first + i] = {errors[i], part[i].range.length()};
   }

@@ -72,6 +72,7 @@ Result<RunReport> replay(Host& host, ReplayTarget& target, const Plan& plan, con
     const auto batch = operations.subspan(first, stop - first);
     const std::span results{verdicts.data(), batch.size()};
 
+    target.prepare(batch);
     const std::uint64_t calls_before = host.kernel().calls();
     const std::uint64_t begun = now_ns();
     target.run(batch, results);
