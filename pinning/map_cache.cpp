@@ -68,7 +68,7 @@ MapCache::~MapCache() {
   collect();
 }
 
-Result<Lease> MapCache::acquire_missing(const MemoryRange& range, Access access) noexcept {
+Result<Lease> MapCache::acquire_missing(MemoryRange range, Access access) noexcept {
   for (unsigned attempt = 0; attempt < attempts_max; ++attempt) {
     if (auto done = ensure(range, access); !done) return done.error();
     if (Lease lease = index_.acquire<false>(range, access); lease) return lease;

@@ -91,13 +91,13 @@ class MapCache final : public Evictor, public StalenessListener {
   /// Errors: invalid_argument, bad_memory, memlock_exceeded (which limit, its size, use and need: all of it in use),
   /// entry_limit, unsupported (the memory cannot be watched), busy (the memory keeps changing), closed (forked child),
   /// and what the provider says.
-  Result<Lease> acquire(const MemoryRange& range, Access access) noexcept {
+  Result<Lease> acquire(MemoryRange range, Access access) noexcept {
     if (Lease lease = try_acquire(range, access); lease) [[likely]]
       return lease;
     return acquire_missing(range, access);
   }
   /// The hit alone: empty when any part of the range's first granule is missing. Wait-free.
-  Lease try_acquire(const MemoryRange& range, Access access) noexcept {
+  Lease try_acquire(MemoryRange range, Access access) noexcept {
     // A.changes - acquire, pairs with R.changes in changes_end(): 0 after an event shows what the event removed (I5).
     if (changes_pending_.load(std::memory_order_acquire) != 0) [[unlikely]]
       return {};
@@ -162,7 +162,7 @@ class MapCache final : public Evictor, public StalenessListener {
 
   MapCache(PinProvider& provider, PinBudget& budget, MapCacheConfig config, MemoryWatcher* watcher);
 
-  Result<Lease> acquire_missing(const MemoryRange& range, Access access) noexcept;
+  Result<Lease> acquire_missing(MemoryRange range, Access access) noexcept;
   Result<void> ensure(const MemoryRange& wanted, Access access) noexcept;
   // map_cache_miss.cpp
   enum class PlanVerdict : std::uint8_t { covered, planned, wait };

@@ -94,6 +94,9 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
   supersede_weaker(batch);
 
   const MemoryRange area = with_margin(batch);
+  // Nobody's stream goes on here: a refusal of the chunk must not be followed by a second try of the same.
+  if (batch.margin == PinBatch::Margin::stream && area.last <= batch.wanted.grown_to(config_.chunk.value).last)
+    batch.margin = PinBatch::Margin::chunk;
   bool missing = false;
   for (std::uint64_t key = area.start;;) {
     const auto next = index_.first_in({key, area.last});
