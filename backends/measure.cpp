@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 
 #include "backends/open.hpp"
 #include "backends/probe.hpp"
@@ -18,7 +17,13 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::array lengths{Bytes{4096}, Bytes{64 * 1024}, Bytes{2 << 20}};
 constexpr std::uint64_t largest = 2 << 20;
+// How often guests map such a length, of a thousand maps: of the 318,000 in the three recorded traces 94% are of 4 KiB
+// and none is above 256 KiB. Large maps are made once, at boot.
+constexpr double weight_of(Bytes length) noexcept {
+  return length.value <= 4096 ? 940 : length.value <= 64 * 1024 ? 59 : 1;
+}
 constexpr int pairs_max = 32;
+constexpr int pairs_min = 4;  // on a busy machine one or two say nothing, whatever the time is
 
 /// Memory to map, aligned for the largest length and present.
 class Buffer {
@@ -43,7 +48,7 @@ class Buffer {
   std::byte* memory_ = nullptr;
 };
 
-/// The fastest of several pairs, 0 when a call fails. The first pair warms up, and counts only when it is the only one.
+/// The fastest of several pairs, 0 when a call fails. The first pair warms up.
 std::uint64_t fastest_pair(BackendSpace& space, const BackendOp& map, Clock::duration share) {
   const BackendOp unmap{.kind = OpKind::unmap, .range = map.range};
   const auto stop = Clock::now() + share;
@@ -59,7 +64,7 @@ std::uint64_t fastest_pair(BackendSpace& space, const BackendOp& map, Clock::dur
     const auto took =
         static_cast<std::uint64_t>(std::max<std::int64_t>(1, (finish - begin) / std::chrono::nanoseconds{1}));
     if (i <= 1 || took < best) best = took;
-    if (finish >= stop) break;
+    if (finish >= stop && i + 1 >= pairs_min) break;
   }
   return best;
 }
@@ -140,11 +145,14 @@ std::string text_of(const InterfaceCost& cost) {
 
 double InterfaceCost::mean_ns() const noexcept {
   double sum = 0;
+  double weights = 0;
   for (const PairCost& pair : pairs) {
     const std::uint64_t cheaper = pair.copy_ns != 0 ? std::min(pair.map_ns, pair.copy_ns) : pair.map_ns;
-    sum += std::log(static_cast<double>(std::max<std::uint64_t>(cheaper, 1)));
+    const double weight = weight_of(pair.length);
+    sum += weight * static_cast<double>(cheaper);
+    weights += weight;
   }
-  return pairs.empty() ? 0 : std::exp(sum / static_cast<double>(pairs.size()));
+  return pairs.empty() ? 0 : sum / weights;
 }
 
 const InterfaceCost* Measurement::of(Interface interface) const noexcept {

@@ -31,7 +31,8 @@ struct InterfaceCost {
   Interface interface = Interface::iommufd;
   std::vector<PairCost> pairs{};  ///< by length; empty: not measured
   std::string reason{};           ///< why not
-  /// The geometric mean over the lengths of the cheaper way, in ns.
+  /// What a map and its unmap cost in the cheaper way, in ns: the mean over the lengths, each as often as guests map
+  /// it.
   double mean_ns() const noexcept;
 };
 

@@ -252,8 +252,9 @@ Result<Bytes> Type1Space::unmap_all() noexcept {
   }
   if (!has(facts_.capabilities, Capability::unmap_all)) return unmap_windows();
   uapi::Type1DmaUnmap unmap{.flags = uapi::dma_unmap_flag_all};
-  if (const int why = call(kernel_, container_.get(), unmap); why != 0)
-    return explain_call(Stage::unmap, "VFIO_IOMMU_UNMAP_DMA of everything", why);
+  int why = call(kernel_, container_.get(), unmap);
+  if (why == EFAULT) why = call(kernel_, container_.get(), unmap);  // done, but for the answer: now it finds nothing
+  if (why != 0) return explain_call(Stage::unmap, "VFIO_IOMMU_UNMAP_DMA of everything", why);
   live_bytes_ = 0;
   starts_.clear();
   return Bytes{unmap.size};

@@ -64,9 +64,12 @@ void BM_FloorOwnMemory(benchmark::State& state) {
   std::vector<std::uint64_t> own(2048, static_cast<std::uint64_t>(state.thread_index()));
   std::uint64_t x = 1;
   for (auto _ : state) {
-    for (std::uint64_t i = 0; i < 2 * batch; ++i)
-      for (std::uint64_t k = 0; k < 16; ++k)
-        own[(x + 64 * k) & 2047] += x = x * 5 + k;  // stores and loads, some dependent
+    for (std::uint64_t i = 0; i < 2 * batch; ++i) {
+      for (std::uint64_t k = 0; k < 16; ++k) {  // each load and store at a place that the last one says
+        x = x * 5 + k;
+        own[x & 2047] += x;
+      }
+    }
     benchmark::DoNotOptimize(x);
     benchmark::ClobberMemory();
   }

@@ -114,6 +114,14 @@ TEST(Worker, HasANameAndBlocksEverySignal) {
   EXPECT_FALSE(sigismember(&ours, SIGUSR1)) << "the caller's mask is as before";
 }
 
+// A thread that ends by system call leaves a sanitizer's books open: AddressSanitizer hangs in a later test,
+// ThreadSanitizer does not know that the kernel, which hands a dead thread's mutex on, orders what came before.
+#ifdef IOVANE_SANITIZED
+#define IOVANE_NEEDS_DEATH() GTEST_SKIP() << "sanitizers do not bear a thread that ends by system call"
+#else
+#define IOVANE_NEEDS_DEATH() static_cast<void>(0)
+#endif
+
 /// Ends the thread that it runs on as a seccomp filter would: without a word.
 class Death final : public WorkerTask {
  public:
@@ -124,6 +132,7 @@ class Death final : public WorkerTask {
 };
 
 TEST(Worker, WhoeverWaitsStandsInForOneThatDied) {
+  IOVANE_NEEDS_DEATH();
   auto worker = *Worker::start({}, nullptr, 0, 0);
   Death death;
   worker->post(death);
@@ -189,6 +198,7 @@ TEST_F(SpaceWithWorker, AQueueThatNeverBlocksLeavesItsBatchToTheWorker) {
 }
 
 TEST_F(SpaceWithWorker, ADyingWorkerLosesNoCompletion) {
+  IOVANE_NEEDS_DEATH();
   WorkerConfig workers;
   workers.on_start = [](unsigned) { ::syscall(SYS_exit, 0); };
   open(workers);
@@ -206,6 +216,7 @@ TEST_F(SpaceWithWorker, ADyingWorkerLosesNoCompletion) {
 }
 
 TEST_F(SpaceWithWorker, ADyingWorkerIsNoticedByOneWhoOnlyPolls) {
+  IOVANE_NEEDS_DEATH();
   WorkerConfig workers;
   workers.on_start = [](unsigned) { ::syscall(SYS_exit, 0); };
   open(workers);
