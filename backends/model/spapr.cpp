@@ -299,8 +299,8 @@ int SpaprContainerFile::enter(TceTable& table, std::uint64_t index, std::uint64_
       host_.spapr_memory.unmap(address);
       return -EPERM;
     }
-  } else if (const int rc = host_.memory.check(address, table.page(), (access & 2U) != 0); rc != 0) {
-    return rc;
+  } else if (const int rc = host_.memory.check(address, table.page(), true); rc != 0) {
+    return rc;  // version 1 pins for writing, whatever the device may do (seen on Linux 6.12)
   }
   if (const std::uint64_t old = table.exchange(index, address | access); old != 0 && driver_ == Driver::v2)
     host_.spapr_memory.unmap(old & ~std::uint64_t{3});

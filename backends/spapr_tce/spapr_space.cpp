@@ -20,6 +20,15 @@ namespace uapi = backends::uapi::vfio;
 // An unmap call costs about what the kernel's walk over this many empty TCEs does (docs/SPAPR.md has the numbers).
 constexpr std::uint64_t hole_max = 8;
 
+/// Linux answers EINVAL or EPERM, by version.
+Error too_small_pages(int os_errno, std::uint64_t address, std::uint64_t page) noexcept {
+  return base::fail(Errc::bad_memory, Stage::map, os_errno,
+                    "memory at {:#x} is not backed by pages as large as the window's {} bytes (or no longer "
+                    "registered, or the container belongs to another process); use hugetlb memory, or a window with "
+                    "smaller pages",
+                    address, page);
+}
+
 constexpr std::uint32_t map_flags(Access access) noexcept {
   return (may_read(access) ? uapi::dma_map_flag_read : 0) | (may_write(access) ? uapi::dma_map_flag_write : 0);
 }
@@ -210,15 +219,12 @@ bool SpaprSpace::restore(TceBook& book, TceRun run) noexcept {
 Error SpaprSpace::map_error(int os_errno, const BackendOp& op, std::uint64_t address, const TceBook& book) noexcept {
   switch (os_errno) {
     case EPERM:
-      if (book.page() > os_page_)
-        return base::fail(Errc::bad_memory, Stage::map, os_errno,
-                          "memory at {:#x} is not backed by pages as large as the window's {} bytes (or the container "
-                          "belongs to another process); use hugetlb memory, or a window with smaller pages",
-                          address, book.page());
+      if (book.page() > os_page_) return too_small_pages(os_errno, address, book.page());
       return base::fail(Errc::permission, Stage::map, os_errno,
                         "the container belongs to another process, or is not enabled");
     case EFAULT:
     case EINVAL:
+      if (os_errno == EINVAL && book.page() > os_page_) return too_small_pages(os_errno, address, book.page());
       return base::fail(Errc::bad_memory, Stage::map, os_errno,
                         "VFIO_IOMMU_MAP_DMA: memory at {:#x} is not mapped in this process, not writable although the "
                         "device may write, or no longer registered",

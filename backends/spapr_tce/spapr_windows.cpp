@@ -35,6 +35,30 @@ class LockedDifference {
   std::uint64_t before_;
 };
 
+/// How large the pieces of a table are that has its levels' bits shared out evenly, as a power of two.
+unsigned piece_shift(std::uint64_t entries, std::uint32_t levels, std::uint64_t os_page) noexcept {
+  const auto bits = static_cast<unsigned>(std::countr_zero(entries));
+  return std::max((bits + levels - 1) / levels + 3, static_cast<unsigned>(std::countr_zero(os_page)));
+}
+
+/// Linux on powernv makes no table whose levels translate 55 bits or more, although small ones round up to OS pages.
+bool levels_fit(const SpaprWindowRequest& request, std::uint32_t levels, std::uint64_t os_page) noexcept {
+  const std::uint64_t entries = request.length.value / request.page.value;
+  const auto page_shift = static_cast<unsigned>(std::countr_zero(request.page.value));
+  return (piece_shift(entries, levels, os_page) - 3) * levels + page_shift < 55;
+}
+
+/// What the kernel can be trusted to find in one piece. A create that fails stays charged to the process's locked
+/// memory until its end (seen on Linux 6.12), so trying is not free.
+constexpr unsigned piece_shift_max = 23;
+
+std::uint32_t fewest_levels(const SpaprWindowRequest& request, std::uint32_t levels_max,
+                            std::uint64_t os_page) noexcept {
+  for (std::uint32_t levels = 1; levels <= levels_max; ++levels)
+    if (piece_shift(request.length.value / request.page.value, levels, os_page) <= piece_shift_max) return levels;
+  return std::max(levels_max, 1U);
+}
+
 class OwnPage {
  public:
   explicit OwnPage(std::uint64_t bytes) noexcept
@@ -241,12 +265,14 @@ Result<SpaprWindow> SpaprSpace::create_window(const SpaprWindowRequest& request)
   if (request.levels > known->levels_max)
     return base::fail(Errc::unsupported, Stage::reserve, 0, "tables have at most {} levels here, not {}",
                       known->levels_max, request.levels);
-  LockedDifference locked{kernel_};
-  int why = 0;
-  bool no_memory = false;  // at some number of levels: says more than what the last one answered
-  const std::uint32_t first = request.levels != 0 ? request.levels : 1;
+  const std::uint32_t first =
+      request.levels != 0 ? request.levels : fewest_levels(request, known->levels_max, os_page_);
   const std::uint32_t last = request.levels != 0 ? request.levels : std::max(known->levels_max, 1U);
+  LockedDifference locked{kernel_};
+  int why = EINVAL;
+  bool no_memory = false;  // at some number of levels: says more than what the last one answered
   for (std::uint32_t levels = first; levels <= last; ++levels) {
+    if (!levels_fit(request, levels, os_page_)) continue;
     uapi::SpaprTceCreate create{.page_shift = static_cast<std::uint32_t>(std::countr_zero(request.page.value)),
                                 .window_size = request.length.value,
                                 .levels = levels};

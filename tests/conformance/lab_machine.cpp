@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <sstream>
 
@@ -23,6 +24,7 @@ class MemlockLimit {
     ok_ = ::getrlimit(RLIMIT_MEMLOCK, &before_) == 0 && set_capability(false);
     rlimit narrow = before_;
     narrow.rlim_cur = limit.value;
+    narrow.rlim_max = std::max<rlim_t>(narrow.rlim_max, limit.value);  // root may
     ok_ = ok_ && ::setrlimit(RLIMIT_MEMLOCK, &narrow) == 0;
   }
   MemlockLimit(const MemlockLimit&) = delete;

@@ -36,10 +36,7 @@ class LargeMemory {
   }
   LargeMemory(const LargeMemory&) = delete;
   LargeMemory& operator=(const LargeMemory&) = delete;
-  ~LargeMemory() {
-    ::munmap(base_, reserved_);
-    if (!pool_.empty()) std::ofstream{pool_} << 0;
-  }
+  ~LargeMemory() { ::munmap(base_, reserved_); }
   std::uint64_t backing() const { return backing_; }  ///< size of the pages behind it
   std::span<std::byte> span() const { return {data_, bytes_}; }
   std::uint64_t address() const { return reinterpret_cast<std::uintptr_t>(data_); }
@@ -47,18 +44,21 @@ class LargeMemory {
  private:
   void take_huge(unsigned shift) {
     const std::uint64_t size = std::uint64_t{1} << shift;
-    const std::string pool = fmt::format("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", size >> 10);
     const std::uint64_t count = (bytes_ + size - 1) / size;
-    std::ofstream{pool} << count;  // root in the lab; elsewhere without effect
-    void* const got =
-        ::mmap(nullptr, count * size, PROT_READ | PROT_WRITE,
-               MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(shift << MAP_HUGE_SHIFT), -1, 0);
+    const auto take = [&] {
+      return ::mmap(nullptr, count * size, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | static_cast<int>(shift << MAP_HUGE_SHIFT), -1, 0);
+    };
+    void* got = take();
+    if (got == MAP_FAILED) {  // root in the lab can have some made; elsewhere this is without effect
+      std::ofstream{fmt::format("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", size >> 10)} << count;
+      got = take();
+    }
     if (got == MAP_FAILED) return;
     base_ = got;
     data_ = static_cast<std::byte*>(got);
     reserved_ = count * size;
     backing_ = size;
-    pool_ = pool;
   }
 
   std::size_t bytes_;
@@ -66,7 +66,6 @@ class LargeMemory {
   std::size_t reserved_ = 0;
   std::byte* data_ = nullptr;
   std::uint64_t backing_ = os_page_bytes();
-  std::string pool_;
 };
 
 TEST_P(SpaprContract, the_platform_says_what_windows_it_can_make) {

@@ -19,11 +19,11 @@ function(iovane_power_test name machine label program)
   set_tests_properties(lab.${name}.${machine} PROPERTIES LABELS ${label} TIMEOUT 1800)
 endfunction()
 # Label lab: in every CI run. Label power: half an hour more, by hand; one device's open and close takes 5 s there.
-iovane_power_test(conformance pseries lab conformance_test FOR --gtest_filter=*spapr*)
+iovane_power_test(conformance pseries lab conformance_test WORDS --hugepages 16 FOR --gtest_filter=*spapr*)
 iovane_power_test(spapr pseries-kvm lab spapr_lab_test WORDS --cpus 1 --file ${log}:/viommu/papr-nvme-a.log)
-iovane_power_test(conformance pseries-64k power conformance_test FOR --gtest_filter=*spapr*)
+iovane_power_test(conformance pseries-64k power conformance_test WORDS --hugepages 16 FOR --gtest_filter=*spapr*)
 iovane_power_test(spapr pseries-64k power spapr_lab_test WORDS --cpus 1 --file ${log}:/viommu/papr-nvme-a.log)
-# Hash translation instead of radix: huge pages of 16 MiB.
+# Hash translation instead of radix.
 iovane_power_test(hash pseries power conformance_test
-  WORDS --memory 3G --append disable_radix FOR --gtest_filter=*SpaprContract*)
-iovane_power_test(conformance powernv9 power conformance_test FOR --gtest_filter=*spapr*)
+  WORDS --append disable_radix FOR --gtest_filter=*SpaprContract*)
+iovane_power_test(conformance powernv9 power conformance_test WORDS --hugepages 16 FOR --gtest_filter=*spapr*)

@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(PROJECT / "tools"))
 
-from labkit import cache, cli, dmesg, emulator, initramfs, kernel, libraries, machine  # noqa: E402
+from labkit import cache, cli, debian, dmesg, emulator, initramfs, kernel, libraries, machine  # noqa: E402
 from labkit.report import LabError  # noqa: E402
 
 
@@ -148,6 +148,38 @@ class Modules(Scratch):
     def test_a_missing_module_is_named(self):
         with self.assertRaisesRegex(LabError, "kvm_hv"):
             kernel.load_order(("kvm_hv",), {})
+
+
+class Packages(Scratch):
+    """A mirror that lists kernels and does not have all of them."""
+
+    LISTED = ["linux-9.9", "linux-10.1", "linux-10.2", "linux-10.2-64k"]
+
+    def take(self, *had: str) -> Path:
+        self.asked: list[tuple[str, int]] = []
+
+        def take(package: str, suite: debian.Suite, into: Path, attempts: int = debian.ATTEMPTS) -> None:
+            self.asked.append((package, attempts))
+            if package not in had:
+                raise LabError(f"{package}: 404")
+            (into / "vmlinux").touch()
+
+        listing = subprocess.CompletedProcess([], 0, "\n".join(self.LISTED), "")
+        suite = debian.Suite("some", "ppc64el")
+        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self.directory), "IOVANE_LAB_MIRROR": "http://none"}), mock.patch.object(debian, "_run", return_value=listing), mock.patch.object(kernel, "_take", take), redirect_stderr(io.StringIO()):
+            return kernel._first_to_be_had(debian.by_version(r"linux-[0-9.]+", suite), suite)
+
+    def test_the_newest_is_taken(self):
+        self.assertEqual(self.take(*self.LISTED).name, "linux-10.2")
+        self.assertEqual(self.asked, [("linux-10.2", 1)])
+
+    def test_one_that_is_listed_and_not_there_gives_way_to_an_older_one(self):
+        self.assertEqual(self.take("linux-9.9").name, "linux-9.9")
+        self.assertEqual(self.asked, [("linux-10.2", 1), ("linux-10.1", 1), ("linux-9.9", debian.ATTEMPTS)])
+
+    def test_none_at_all_is_an_error(self):
+        with self.assertRaises(LabError):
+            self.take()
 
 
 class KernelLog(unittest.TestCase):
