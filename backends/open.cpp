@@ -25,7 +25,7 @@ Result<std::unique_ptr<Backend>> open_interface(Kernel& kernel, Interface interf
 }
 
 Result<std::unique_ptr<Backend>> open_auto(Kernel& kernel) {
-  const auto report = probe_host(kernel, {.attach_devices = false});
+  const auto report = probe_host(kernel, {.attach_devices = false, .ask_nesting = true});
   if (!report) return report.error();
   if (report->choice) return open_interface(kernel, *report->choice, {});
   return base::fail(Errc::no_device, Stage::open, 0, "{}", report->why);
