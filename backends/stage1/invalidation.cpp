@@ -1,5 +1,7 @@
 #include "backends/stage1/invalidation.hpp"
 
+#include <array>
+
 #include "backends/kernel_call.hpp"
 #include "backends/uapi/iommufd.hpp"
 

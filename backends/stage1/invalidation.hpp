@@ -6,7 +6,6 @@
 // makes every live translation be refilled. Measured numbers: docs/STAGE1.md.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <span>
 
@@ -25,7 +24,7 @@ class PendingRanges {
   bool empty() const noexcept { return count_ == 0; }
   void add(IovaRange range) noexcept {
     if (count_ != 0 && !everything_) {
-      IovaRange& back = spans_[count_ - 1];
+      IovaRange& back = room_.spans[count_ - 1];
       if (back.precedes_directly(range)) {
         back.last = range.last;
         bounds_.last = bounds_.last < range.last ? range.last : bounds_.last;
@@ -42,7 +41,7 @@ class PendingRanges {
       everything_ = true;  // bounds_ stay true
       return;
     }
-    spans_[count_++] = range;
+    room_.spans[count_++] = range;
   }
   bool touches(IovaRange range) const noexcept {
     if (count_ == 0 || !bounds_.overlaps(range)) return false;
@@ -52,7 +51,7 @@ class PendingRanges {
     return false;
   }
   bool everything() const noexcept { return everything_; }
-  std::span<const IovaRange> spans() const noexcept { return {spans_.data(), count_}; }
+  std::span<const IovaRange> spans() const noexcept { return {room_.spans, count_}; }
   void clear() noexcept {
     count_ = 0;
     everything_ = false;
@@ -62,7 +61,11 @@ class PendingRanges {
   std::size_t count_ = 0;
   bool everything_ = false;
   IovaRange bounds_{};
-  std::array<IovaRange, spans_max> spans_;
+  union Room {  // not initialised: a batch of one operation would pay for all of it
+    Room() noexcept {}
+    IovaRange spans[spans_max];
+  };
+  Room room_;
 };
 
 /// Where commands for one address space go: a vIOMMU, or (VT-d) its nested page table.

@@ -58,7 +58,7 @@ constexpr std::array<std::uint64_t, 2> stream_table_entry(std::uint64_t context)
 }
 
 struct Command {
-  std::uint64_t words[2] = {};
+  std::uint64_t words[2];
 };
 
 inline constexpr std::uint64_t op_tlbi_nh_all = 0x10, op_tlbi_nh_asid = 0x11, op_tlbi_nh_va = 0x12;

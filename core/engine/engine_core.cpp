@@ -117,7 +117,7 @@ Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
 
   backends::BackendChoice choice;
   choice.name = name == "auto" ? (wants_iommu ? "iommufd" : "type1") : config.backend;
-  const bool on_iommu = choice.name == "iommufd" || choice.name.starts_with("compat");
+  const bool on_iommu = choice.name == "iommufd" || choice.name == "stage1" || choice.name.starts_with("compat");
   if ((wants_iommu && !on_iommu) || (wants_container && on_iommu))
     return base::fail(Errc::invalid_argument, Stage::open, 0,
                       "the descriptor that was given does not belong to backend \"{}\": iommufd and compat use "

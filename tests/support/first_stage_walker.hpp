@@ -121,9 +121,10 @@ struct TableWorld {
   std::uint64_t unmap(IovaRange range) {
     std::uint64_t bytes = 0;
     TableEditor::Session session{editor};
-    unmapped_all =
+    const bool all =
         editor.unmap(session, range, [&](std::uint64_t, std::uint64_t length, std::uint64_t) { bytes += length; });
     session.leave();
+    unmapped_all.store(all, std::memory_order_relaxed);  // relaxed: for tests with one thread
     walker.forget_leaves(range);
     return bytes;
   }
@@ -132,7 +133,7 @@ struct TableWorld {
   FirstStageWalker walker;
   TablePool pool;
   TableEditor editor;
-  bool unmapped_all = true;
+  std::atomic<bool> unmapped_all{true};
 };
 
 }  // namespace iovane::test

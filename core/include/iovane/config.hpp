@@ -46,7 +46,7 @@ struct PinLimits {
 };
 
 struct EngineConfig {
-  /// "auto", "iommufd", "type1" (v2), "type1-v1", "compat", "compat-v1" (type1's calls on /dev/iommu), or the software
+  /// "auto", "stage1", "iommufd", "type1" (v2), "type1-v1", "compat", "compat-v1" (type1's calls on /dev/iommu), or the software
   /// IOMMU: "model", "model:type1", "model:type1-v1", "model:compat", "model:compat-v1".
   /// The environment variable IOVANE_BACKEND stands in for "auto".
   std::string backend = "auto";
