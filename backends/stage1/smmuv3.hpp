@@ -1,7 +1,7 @@
 // What an SMMUv3 needs to know about a first stage beside its tables: context descriptor, stream table entry, commands.
 //
 // Source: Arm System Memory Management Unit Architecture Specification, version 3 (IHI 0070): 5.2 stream table entry,
-// 5.4 context descriptor, 4.4 TLB invalidation, 7.3 event records. All words little endian, as is every host that has
+// 5.4 context descriptor, 4.4 TLB invalidation. All words little endian, as is every host that has
 // one.
 #pragma once
 
@@ -27,13 +27,6 @@ constexpr Features features_of(const std::uint32_t (&idr)[6]) noexcept {
           .range_invalidation = (idr[3] >> 10 & 1) != 0,
           .output_size = idr[5] & 7};
 }
-/// The same registers of a unit made up for tests, output size 48 bit.
-constexpr std::array<std::uint32_t, 6> registers_of(bool range_invalidation) noexcept {
-  return {2U | 1U | 2U << 2, 0, 0, range_invalidation ? 1U << 10 : 0U, 0, 5U | 1U << 4};
-}
-
-inline constexpr std::size_t context_descriptor_bytes = 64;
-
 /// Eight words. Faults abort the transaction and are recorded. `address_bits`: 39 or 48.
 constexpr std::array<std::uint64_t, 8> context_descriptor(std::uint64_t root, unsigned address_bits, std::uint16_t asid,
                                                           std::uint32_t output_size) noexcept {
@@ -128,30 +121,6 @@ constexpr Decoded decode(const Command& command) noexcept {
     }
     default: break;
   }
-  return out;
-}
-
-/// An event record, as far as translation faults go.
-struct Event {
-  bool is_fault = false;
-  const char* name = "";
-  std::uint32_t stream = 0;
-  std::uint64_t address = 0;
-  bool read = false;
-};
-constexpr Event decode_event(const std::uint64_t (&words)[4]) noexcept {
-  Event out;
-  switch (words[0] & 0xff) {
-    case 0x10: out.name = "F_TRANSLATION"; break;
-    case 0x11: out.name = "F_ADDR_SIZE"; break;
-    case 0x12: out.name = "F_ACCESS"; break;
-    case 0x13: out.name = "F_PERMISSION"; break;
-    default: return out;
-  }
-  out.is_fault = true;
-  out.stream = static_cast<std::uint32_t>(words[0] >> 32);
-  out.read = (words[1] >> 35 & 1) != 0;
-  out.address = words[2];
   return out;
 }
 
