@@ -110,7 +110,7 @@ class Lease {
       // R.guard - release, pairs with A.guard in the reclaimer's scan: our last use comes before the unpin.
       word_->store(idle_guard, std::memory_order_release);
     } else {
-      drop_counted();
+      drop_counted(index_, id_);  // not a member: `this` must not escape, or every lease lives in memory
     }
     index_ = nullptr;
   }
@@ -120,7 +120,7 @@ class Lease {
   Lease(PinIndex* index, std::atomic<GuardWord>* word, RegionId id, std::uint64_t address,
         std::uint64_t length) noexcept
       : index_{index}, word_{word}, id_{id}, address_{address}, length_{length} {}
-  void drop_counted() noexcept;
+  static void drop_counted(PinIndex* index, RegionId id) noexcept;
 
   PinIndex* index_ = nullptr;
   std::atomic<GuardWord>* word_ = nullptr;  // null: counted

@@ -40,6 +40,14 @@ Result<std::unique_ptr<MapCache>> MapCache::open(PinProvider& provider, PinBudge
                       "{}, regions_max {} from 1 to {}",
                       config.chunk.value, traits.granule.value, traits.border.value, traits.name, config.evict_min,
                       PinIndex::batch_max, config.regions_max, RegionTable::regions_max);
+  if (config.chunk_max.value != 0 &&
+      (!base::is_power_of_two(config.chunk_max.value) || config.chunk_max < config.chunk ||
+       config.chunk_max > traits.border || config.chunk_max.value > config.bytes_max.value / 8))
+    return base::fail(
+        Errc::invalid_argument, Stage::open, 0,
+        "map cache: chunk_max {} must be 0 or a power of two from the chunk of {} to {} ({}'s border), and "
+        "at most an eighth of bytes_max {}",
+        config.chunk_max.value, config.chunk.value, traits.border.value, traits.name, config.bytes_max.value);
   std::unique_ptr<MapCache> cache{new MapCache{provider, budget, std::move(config), watcher}};
   if (auto opened = cache->index_.open(); !opened) return opened.error();
   if (auto added = budget.add_evictor(*cache); !added) return added.error();
@@ -60,7 +68,7 @@ MapCache::~MapCache() {
   collect();
 }
 
-Result<Lease> MapCache::acquire_missing(const MemoryRange& range, Access access) noexcept {
+Result<Lease> MapCache::acquire_missing(MemoryRange range, Access access) noexcept {
   for (unsigned attempt = 0; attempt < attempts_max; ++attempt) {
     if (auto done = ensure(range, access); !done) return done.error();
     if (Lease lease = index_.acquire<false>(range, access); lease) return lease;

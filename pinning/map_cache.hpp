@@ -42,6 +42,10 @@ struct MapCacheConfig {
   /// Misses are rounded to multiples of this where the memory allows: a power of two, from the provider's granule up
   /// to its border. Rounding pins neighbouring memory of the process too.
   Bytes chunk{64 * 1024};
+  /// A miss that begins where an earlier one's memory ended pins twice as much as that one did, up to this: a power of
+  /// two, chunk or more and at most an eighth of bytes_max. 0: always a chunk. A call of the kernel costs about as much
+  /// as pinning a dozen OS pages, so a sequential user with small buffers pays for the call again in every chunk.
+  Bytes chunk_max{0};
   /// This cache's own limit, beside those of the shared budget.
   Bytes bytes_max{ByteLimit::unlimited};
   /// How many regions may exist, retired ones included.
@@ -87,13 +91,13 @@ class MapCache final : public Evictor, public StalenessListener {
   /// Errors: invalid_argument, bad_memory, memlock_exceeded (which limit, its size, use and need: all of it in use),
   /// entry_limit, unsupported (the memory cannot be watched), busy (the memory keeps changing), closed (forked child),
   /// and what the provider says.
-  Result<Lease> acquire(const MemoryRange& range, Access access) noexcept {
+  Result<Lease> acquire(MemoryRange range, Access access) noexcept {
     if (Lease lease = try_acquire(range, access); lease) [[likely]]
       return lease;
     return acquire_missing(range, access);
   }
   /// The hit alone: empty when any part of the range's first granule is missing. Wait-free.
-  Lease try_acquire(const MemoryRange& range, Access access) noexcept {
+  Lease try_acquire(MemoryRange range, Access access) noexcept {
     // A.changes - acquire, pairs with R.changes in changes_end(): 0 after an event shows what the event removed (I5).
     if (changes_pending_.load(std::memory_order_acquire) != 0) [[unlikely]]
       return {};
@@ -142,6 +146,13 @@ class MapCache final : public Evictor, public StalenessListener {
   static constexpr unsigned attempts_max = 16;       // without progress
   static constexpr unsigned refusals_max = 4;        // of watched memory by the provider
 
+  static constexpr std::size_t streams_max = 16;
+
+  /// A sequential user: where its next miss would begin, and how much the last one took.
+  struct Stream {
+    std::uint64_t next = 0;
+    std::uint64_t bytes = 0;
+  };
   struct InFlight {
     MemoryRange range{};
     bool used = false;
@@ -151,11 +162,13 @@ class MapCache final : public Evictor, public StalenessListener {
 
   MapCache(PinProvider& provider, PinBudget& budget, MapCacheConfig config, MemoryWatcher* watcher);
 
-  Result<Lease> acquire_missing(const MemoryRange& range, Access access) noexcept;
+  Result<Lease> acquire_missing(MemoryRange range, Access access) noexcept;
   Result<void> ensure(const MemoryRange& wanted, Access access) noexcept;
   // map_cache_miss.cpp
   enum class PlanVerdict : std::uint8_t { covered, planned, wait };
   PlanVerdict plan(PinBatch& batch) noexcept;
+  MemoryRange with_margin(const PinBatch& batch) const noexcept;
+  void note_stream(const MemoryRange& area) noexcept;
   void supersede_weaker(PinBatch& batch) noexcept;
   void add_gap(PinBatch& batch, MemoryRange gap) noexcept;
   Result<void> fill_in(PinBatch& batch) noexcept;
@@ -192,6 +205,10 @@ class MapCache final : public Evictor, public StalenessListener {
   EvictionPolicy policy_;
   ByteLimit space_;
   std::array<InFlight, in_flight_max> in_flight_{};
+  /// Single misses in the first half, in the second half those that were gone on with, so that random misses do not
+  /// push those out. Each half is a ring.
+  std::array<Stream, streams_max> streams_{};
+  std::array<std::size_t, 2> stream_oldest_{};
   RegionId retired_newest_ = no_region;
   RegionId retired_oldest_ = no_region;
   bool waits_for_walk_ = false;         // as of the last collect(): some region is only held back by a lookup under way

@@ -16,8 +16,9 @@ struct MapCache::PinBatch {
 
   MemoryRange wanted;
   Access access;
-  /// Round to chunks. Given up when the neighbourhood cannot be pinned or paid for.
-  bool with_margin = true;
+  /// How much beside what is wanted. Given up step by step when the neighbourhood cannot be pinned or paid for.
+  enum class Margin : std::uint8_t { none, chunk, stream };
+  Margin margin = Margin::stream;
 
   std::array<Piece, pieces_max> pieces{};
   std::array<PinRequest, pieces_max> requests{};

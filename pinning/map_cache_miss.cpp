@@ -66,9 +66,9 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
     if (providers_limit &&
         make_room(batch.wanted.length().value, any_node, BudgetRefusal::Limit::process, batch.wanted, unpins_seen))
       continue;
-    if (batch.with_margin && code != Errc::closed) {
+    if (batch.margin != PinBatch::Margin::none && code != Errc::closed) {
       // Perhaps only the neighbourhood is at fault: memory that is not there, or a budget that is all but used up.
-      batch.with_margin = false;
+      batch.margin = static_cast<PinBatch::Margin>(static_cast<unsigned>(batch.margin) - 1);
       continue;
     }
     // Watching made the memory present; when the pin did not find it there, somebody discarded it in between, and its
@@ -93,14 +93,10 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
   batch.error = {};
   supersede_weaker(batch);
 
-  MemoryRange area = batch.wanted;
-  if (batch.with_margin) {
-    area = batch.wanted.grown_to(config_.chunk.value);
-    if (const auto place = files_.find(batch.wanted.start))
-      area.last = std::min(area.last, place->window_last);
-    else
-      area.last = std::min(area.last, file_key_first - 1);
-  }
+  const MemoryRange area = with_margin(batch);
+  // Nobody's stream goes on here: a refusal of the chunk must not be followed by a second try of the same.
+  if (batch.margin == PinBatch::Margin::stream && area.last <= batch.wanted.grown_to(config_.chunk.value).last)
+    batch.margin = PinBatch::Margin::chunk;
   bool missing = false;
   for (std::uint64_t key = area.start;;) {
     const auto next = index_.first_in({key, area.last});
@@ -127,7 +123,43 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
     batch.pieces[taken++].flight = f;
   }
   batch.count = taken;
+  if (taken != 0) note_stream(area);
   return taken != 0 ? PlanVerdict::planned : PlanVerdict::wait;
+}
+
+// Under lock_. What to pin for the wanted range, as far as it is not there yet: its chunks, or more where it goes on
+// with what was pinned before.
+MemoryRange MapCache::with_margin(const PinBatch& batch) const noexcept {
+  if (batch.margin == PinBatch::Margin::none) return batch.wanted;
+  MemoryRange area = batch.wanted.grown_to(config_.chunk.value);
+  if (batch.margin == PinBatch::Margin::stream)
+    for (const Stream& stream : streams_)
+      if (stream.bytes != 0 && stream.next == area.start) {
+        const std::uint64_t bytes = std::min(stream.bytes * 2, config_.chunk_max.value);
+        area.last = std::max(area.last, area.start + bytes - 1);
+      }
+  if (const auto place = files_.find(batch.wanted.start))
+    area.last = std::min(area.last, place->window_last);
+  else
+    area.last = std::min(area.last, file_key_first - 1);
+  return area;
+}
+
+// Under lock_. `area` is being pinned: whoever misses right behind it goes on with it.
+void MapCache::note_stream(const MemoryRange& area) noexcept {
+  if (config_.chunk_max.value == 0) return;
+  const Stream now{area.last + 1, std::min(area.length().value, config_.chunk_max.value)};
+  for (std::size_t i = 0; i < streams_max; ++i)
+    if (streams_[i].next == area.start && streams_[i].bytes != 0) {
+      if (i >= streams_max / 2) {
+        streams_[i] = now;
+        return;
+      }
+      streams_[i] = {};
+      streams_[streams_max / 2 + stream_oldest_[1]++ % (streams_max / 2)] = now;
+      return;
+    }
+  streams_[stream_oldest_[0]++ % (streams_max / 2)] = now;
 }
 
 // Regions that allow less than is asked leave the index; what replaces them allows both.

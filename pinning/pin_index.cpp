@@ -59,19 +59,20 @@ std::optional<Translation> PinIndex::translate_first(std::uint64_t key) noexcept
   return Translation{found.address, found.slot_last - key + 1, found.id(), found.access()};
 }
 
-Lease PinIndex::acquire_without_guard(const MemoryRange& range, Access need, bool note_use) noexcept {
+PinIndex::SlowLease PinIndex::acquire_without_guard(MemoryRange range, Access need, bool note_use) noexcept {
   if (!range.well_formed()) return {};
-  ThreadGuards* guards = LeaseGuards::current();
-  if (guards == nullptr) {
-    guards = LeaseGuards::attach();
-    if (guards != nullptr) return note_use ? acquire<true>(range, need) : acquire<false>(range, need);
+  if (LeaseGuards::current() == nullptr && LeaseGuards::attach() != nullptr) {
+    Lease lease = note_use ? acquire<true>(range, need) : acquire<false>(range, need);
+    const SlowLease parts{bool{lease}, lease.word_, lease.id_, lease.address_, lease.length_};
+    lease.index_ = nullptr;  // handed over
+    return parts;
   }
   return acquire_counted(range, need, note_use);
 }
 
 // No guard word is free (or none exists for this thread): walk under the lock, where nothing can be erased, and count.
 // erase() takes the same lock, so whoever erases later sees the count.
-Lease PinIndex::acquire_counted(const MemoryRange& range, Access need, bool note_use) noexcept {
+PinIndex::SlowLease PinIndex::acquire_counted(const MemoryRange& range, Access need, bool note_use) noexcept {
   const std::lock_guard held{lock_};
   const RadixTable::Found found = table_.find(range.start);
   if (found.word == 0 || !includes(found.access(), need)) return {};
@@ -80,7 +81,7 @@ Lease PinIndex::acquire_counted(const MemoryRange& range, Access need, bool note
   record.holds.fetch_add(1, std::memory_order_relaxed);
   if (note_use) RadixTable::mark_accessed(found);
   const std::uint64_t last = record.last() < range.last ? record.last() : range.last;
-  return Lease{this, nullptr, found.id(), found.address, last - range.start + 1};
+  return {true, nullptr, found.id(), found.address, last - range.start + 1};
 }
 
 std::size_t PinIndex::pieces(const MemoryRange& range, std::span<Piece> out) noexcept {
@@ -234,7 +235,7 @@ Hold Lease::hold() const noexcept {
   return Hold{index_, id_, address_, length_};
 }
 
-void Lease::drop_counted() noexcept { index_->drop_hold(id_); }
+void Lease::drop_counted(PinIndex* index, RegionId id) noexcept { index->drop_hold(id); }
 
 void Hold::drop() noexcept {
   if (index_ == nullptr) return;

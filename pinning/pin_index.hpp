@@ -79,11 +79,14 @@ class PinIndex {
   /// the range that region covers. Empty when there is none. Any thread.
   /// `note_use` false leaves no trace for the eviction policy: the first use after a miss is not a re-use.
   template <bool note_use = true>
-  Lease acquire(const MemoryRange& range, Access need) noexcept {
+  Lease acquire(MemoryRange range, Access need) noexcept {
     ThreadGuards* guards = LeaseGuards::current();
     std::atomic<GuardWord>* free = guards == nullptr ? nullptr : guards->free_word();
-    if (free == nullptr || !range.well_formed()) [[unlikely]]
-      return acquire_without_guard(range, need, note_use);
+    if (free == nullptr || !range.well_formed()) [[unlikely]] {
+      const SlowLease slow = acquire_without_guard(range, need, note_use);
+      if (!slow.found) return {};
+      return Lease{this, slow.word, slow.id, slow.address, slow.length};
+    }
     auto& word = *free;
     // relaxed: ordered before the walk by light_barrier().
     word.store(walking_guard(range), std::memory_order_relaxed);
@@ -160,8 +163,16 @@ class PinIndex {
   friend class Lease;
   friend class Hold;
   std::optional<Translation> translate_first(std::uint64_t key) noexcept;
-  Lease acquire_without_guard(const MemoryRange& range, Access need, bool note_use) noexcept;
-  Lease acquire_counted(const MemoryRange& range, Access need, bool note_use) noexcept;
+  /// What a lease is made of. Not a Lease: one that a function returns is built in memory, on the fast path too.
+  struct SlowLease {
+    bool found = false;
+    std::atomic<GuardWord>* word = nullptr;
+    RegionId id = no_region;
+    std::uint64_t address = 0;
+    std::uint64_t length = 0;
+  };
+  SlowLease acquire_without_guard(MemoryRange range, Access need, bool note_use) noexcept;
+  SlowLease acquire_counted(const MemoryRange& range, Access need, bool note_use) noexcept;
   void add_hold(RegionId id) noexcept;
   void drop_hold(RegionId id) noexcept;
 

@@ -250,19 +250,30 @@ int Staging::map_chunk(const StagedMemory& staged, IovaRange chunk) noexcept {
                           .start = staged.memory.fd_offset + offset,
                           .length = chunk.length().value,
                           .iova = chunk.start.value};
-    return call(kernel_, fd_, map);
+    return settled(call(kernel_, fd_, map), chunk);
   }
   uapi::IoasMap map{.flags = flags,
                     .ioas_id = ioas_,
                     .user_va = reinterpret_cast<std::uintptr_t>(staged.memory.address) + offset,
                     .length = chunk.length().value,
                     .iova = chunk.start.value};
-  return call(kernel_, fd_, map);
+  return settled(call(kernel_, fd_, map), chunk);
+}
+
+// A map whose answer could not be written back fails, and stands: it is taken out.
+int Staging::settled(int why, IovaRange chunk) noexcept {
+  if (why == EFAULT) unmap(chunk);
+  return why;
 }
 
 int Staging::unmap(IovaRange range) noexcept {
   uapi::IoasUnmap unmap{.ioas_id = ioas_, .iova = range.start.value, .length = range.length().value};
-  return call(kernel_, fd_, unmap);
+  int why = call(kernel_, fd_, unmap);
+  if (why != EFAULT) return why;
+  // Nor can an unmap's: then it has happened, and the second one finds nothing.
+  unmap.length = range.length().value;
+  why = call(kernel_, fd_, unmap);
+  return why == ENOENT ? 0 : why;
 }
 
 }  // namespace iovane::backends::iommufd

@@ -75,6 +75,7 @@ class Staging {
                                      std::uint64_t phase) const noexcept;
   Result<void> map_chunks(StagedMemory& staged);
   int map_chunk(const StagedMemory& staged, IovaRange chunk) noexcept;
+  int settled(int why, IovaRange chunk) noexcept;
   int unmap(IovaRange range) noexcept;
 
   Kernel& kernel_;

@@ -17,8 +17,8 @@ namespace {
 
 namespace uapi = backends::uapi::vfio;
 
-// An unmap call costs about what the walk over this many empty TCEs does.
-constexpr std::uint64_t hole_max = 1024;
+// An unmap call costs about what the kernel's walk over this many empty TCEs does (docs/SPAPR.md has the numbers).
+constexpr std::uint64_t hole_max = 8;
 
 constexpr std::uint32_t map_flags(Access access) noexcept {
   return (may_read(access) ? uapi::dma_map_flag_read : 0) | (may_write(access) ? uapi::dma_map_flag_write : 0);
@@ -122,6 +122,11 @@ int SpaprSpace::map_call(IovaRange range, std::uint64_t address, Access access) 
   return call(kernel_, container_.get(), map);
 }
 
+int SpaprSpace::unmap_call(IovaRange range) noexcept {
+  uapi::Type1DmaUnmap unmap{.iova = range.start.value, .size = range.length().value};
+  return call(kernel_, container_.get(), unmap);
+}
+
 BackendOpResult SpaprSpace::map_into(TceBook& book, const BackendOp& op, const Source& source) noexcept {
   const TceRun run = book.run_of(op.range);
   const int why = map_call(op.range, source.address, op.access);
@@ -142,7 +147,6 @@ BackendOpResult SpaprSpace::map_into(TceBook& book, const BackendOp& op, const S
 
 /// Enters the TCEs that a map made, registration by registration.
 void SpaprSpace::enter(TceBook& book, TceRun run, const Source& source, Access access) noexcept {
-  live_bytes_.fetch_add(run.count() * book.page(), std::memory_order_relaxed);  // relaxed: a sum
   if (source.held == nullptr) {
     book.fill(run, source.address, 0, access);
     return;
@@ -164,8 +168,8 @@ void SpaprSpace::enter(TceBook& book, TceRun run, const Source& source, Access a
   }
 }
 
-/// Takes live TCEs of the run out of the book and out of their registrations' counts.
-void SpaprSpace::leave(TceBook& book, TceRun run) noexcept {
+/// Takes live TCEs of the run out of the book and out of their registrations' counts. Returns how many there were.
+std::uint64_t SpaprSpace::leave(TceBook& book, TceRun run) noexcept {
   std::uint64_t gone = 0;
   std::uint32_t number = 0;
   std::uint64_t count = 0;
@@ -183,7 +187,7 @@ void SpaprSpace::leave(TceBook& book, TceRun run) noexcept {
     ++count;
   }
   drop();
-  live_bytes_.fetch_sub(gone * book.page(), std::memory_order_relaxed);  // relaxed: a sum
+  return gone;
 }
 
 /// Maps again what the book says is there. False when that failed too; the run is unmapped then.
@@ -231,6 +235,8 @@ Error SpaprSpace::map_error(int os_errno, const BackendOp& op, std::uint64_t add
 
 /// True when a border of `range` lies inside a live TCE of a page larger than the granule.
 bool SpaprSpace::splits_a_tce(const TceBook& book, IovaRange range) const noexcept {
+  if (((range.start.value | (range.last.value + 1)) & (book.page() - 1)) == 0) [[likely]]
+    return false;
   const auto inside = range.intersection(book.window().range);
   if (!inside) return false;
   const TceRun run = book.run_of(*inside);
@@ -265,16 +271,13 @@ BackendOpResult SpaprSpace::unmap_in(TceBook& book, IovaRange range) noexcept {
   TceRun rest = book.run_of(range);
   while (const auto stretch = book.next_stretch(rest, hole_max)) {
     const IovaRange span = book.range_of(*stretch);
-    uapi::Type1DmaUnmap unmap{.iova = span.start.value, .size = span.length().value};
-    if (const int why = call(kernel_, container_.get(), unmap); why != 0) {
+    if (const int why = unmap_call(span); why != 0) {
       sum.error = base::fail(Errc::io_error, Stage::unmap, why,
                              "VFIO_IOMMU_UNMAP_DMA of [{:#x}, {:#x}] failed with errno {}; {} bytes before it are gone",
                              span.start.value, span.last.value, why, sum.bytes.value);
       return sum;
     }
-    for (std::uint64_t i = stretch->first; i <= stretch->last; ++i)
-      if (book.at(i).live()) sum.bytes.value += book.page();
-    leave(book, *stretch);
+    sum.bytes.value += leave(book, *stretch) * book.page();
     if (stretch->last == rest.last) break;
     rest.first = stretch->last + 1;
   }
@@ -349,6 +352,20 @@ Bytes SpaprSpace::hand_to_kernel(IovaRange range) noexcept {
     }
   }
   return sum;
+}
+
+Result<void> SpaprSpace::clear_handed(IovaRange range) noexcept {
+  for (const TceBook& book : books_) {
+    const auto inside = range.intersection(book.window().range);
+    if (!inside) continue;
+    const TceRun run = book.run_of(*inside);
+    if (book.first_live(run))
+      return base::fail(Errc::busy, Stage::unmap, 0, "[{:#x}, {:#x}] was not handed to the kernel: something is mapped",
+                        inside->start.value, inside->last.value);
+    if (const int why = unmap_call(book.range_of(run)); why != 0)
+      return explain_call(Stage::unmap, "VFIO_IOMMU_UNMAP_DMA", why);
+  }
+  return {};
 }
 
 }  // namespace iovane::backends::spapr

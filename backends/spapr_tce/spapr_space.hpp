@@ -10,7 +10,6 @@
 // page by page in each map, and charges the whole default window to the process while a device is attached.
 #pragma once
 
-#include <atomic>
 #include <vector>
 
 #include "backends/backend.hpp"
@@ -45,6 +44,7 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   Result<SpaprWindow> create_window(const SpaprWindowRequest& request) override;
   Result<void> remove_window(Iova start) override;
   Bytes hand_to_kernel(IovaRange range) noexcept override;
+  Result<void> clear_handed(IovaRange range) noexcept override;
   std::vector<int> group_descriptors() const override { return groups_.descriptors(); }
   SpaprEeh* eeh() noexcept override { return has_eeh_ ? &eeh_ : nullptr; }
 
@@ -66,9 +66,10 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   Error check_map(const TceBook& book, const BackendOp& op, std::uint64_t address) const noexcept;
   Error map_error(int os_errno, const BackendOp& op, std::uint64_t address, const TceBook& book) noexcept;
   Error outside(IovaRange range) const noexcept;
+  int unmap_call(IovaRange range) noexcept;
   int map_call(IovaRange range, std::uint64_t address, Access access) noexcept;
   void enter(TceBook& book, TceRun run, const Source& source, Access access) noexcept;
-  void leave(TceBook& book, TceRun run) noexcept;
+  std::uint64_t leave(TceBook& book, TceRun run) noexcept;
   bool restore(TceBook& book, TceRun run) noexcept;
   BackendOpResult unmap(IovaRange range) noexcept;
   BackendOpResult unmap_in(TceBook& book, IovaRange range) noexcept;
@@ -92,7 +93,6 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   SpaceMemory memory_;
   std::vector<TceBook> books_;   // sorted by address
   std::vector<Region> regions_;  // index = RegionId - 1
-  std::atomic<std::uint64_t> live_bytes_{0};
   std::uint64_t os_page_;
 };
 

@@ -100,7 +100,9 @@ Error SpaprSpace::attach_error(const Error& error, const std::string& device) co
                       : "its group cannot have the same windows as those that are attached (another kind of bridge, or "
                         "on pseries another bridge)";
   return base::fail(error.code == Errc::iova_reserved ? Errc::unsupported : error.code, Stage::attach, error.os_errno,
-                    "{} cannot join the container: {}; give it a space of its own ({})", device, why, error.detail());
+                    "{} cannot join the container: {}; give it a space of its own (VFIO_GROUP_SET_CONTAINER or "
+                    "VFIO_SET_IOMMU: errno {})",
+                    device, why, error.os_errno);
 }
 
 Result<AttachedDevice> SpaprSpace::attach(const DeviceSource& source) {
@@ -174,10 +176,11 @@ Result<SpaprLimits> SpaprSpace::limits() {
   return limits;
 }
 
-/// Version 2 makes the default window with the first call that needs it; an unmap of one page that is not mapped is
-/// such a call and changes nothing else. So its memory is charged here, where a refusal can still be said. The unmap is
-/// EPERM until the container is enabled, which on version 2 the first successful REGISTER does: hence a page of our
-/// own, registered for a moment.
+/// The kernel makes the default window with the first call that needs it, without a lock: two first maps at once make
+/// two, and trip over that (seen on Linux 6.12). An unmap of one page that is not mapped is such a call and changes
+/// nothing else; so the window is made here, and charged where a refusal can still be said. The unmap is EPERM until
+/// the container is enabled, which on version 2 the first successful REGISTER does: hence a page of our own, registered
+/// for a moment.
 Result<void> SpaprSpace::open_default_window() {
   const auto known = limits();
   if (!known) return known.error();
@@ -188,13 +191,13 @@ Result<void> SpaprSpace::open_default_window() {
     const auto held = memory_.hold(page.address(), os_page_);
     if (!held) return held.error();
     memory_.release(*held);
-    uapi::Type1DmaUnmap touch{.iova = known->default_window.start.value, .size = 4096};
-    if (const int why = call(kernel_, container_.get(), touch); why == ENOMEM) {
-      return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::attach, "the default window's table",
-                               spapr_table_bytes_max(known->default_window.length(), Bytes{4096}));
-    } else if (why != 0) {
-      return explain_call(Stage::attach, "making the default window", why);
-    }
+  }
+  uapi::Type1DmaUnmap touch{.iova = known->default_window.start.value, .size = 4096};
+  if (const int why = call(kernel_, container_.get(), touch); why == ENOMEM) {
+    return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::attach, "the default window's table",
+                             spapr_table_bytes_max(known->default_window.length(), Bytes{4096}));
+  } else if (why != 0) {
+    return explain_call(Stage::attach, "making the default window", why);
   }
   auto book = TceBook::make(
       {.range = known->default_window, .page = Bytes{4096}, .levels = 0, .table = {}, .is_default = true});
@@ -240,6 +243,7 @@ Result<SpaprWindow> SpaprSpace::create_window(const SpaprWindowRequest& request)
                       known->levels_max, request.levels);
   LockedDifference locked{kernel_};
   int why = 0;
+  bool no_memory = false;  // at some number of levels: says more than what the last one answered
   const std::uint32_t first = request.levels != 0 ? request.levels : 1;
   const std::uint32_t last = request.levels != 0 ? request.levels : std::max(known->levels_max, 1U);
   for (std::uint32_t levels = first; levels <= last; ++levels) {
@@ -263,14 +267,20 @@ Result<SpaprWindow> SpaprSpace::create_window(const SpaprWindowRequest& request)
       add_book(*std::move(book));
       return made;
     }
+    no_memory = no_memory || why == ENOMEM;
     if (why == ENOSPC) break;  // no further window, however deep
   }
   if (why == ENOSPC || why == EBUSY)
     return base::fail(Errc::limit_reached, Stage::reserve, why,
                       "the platform makes no further window ({} exist); remove one", books_.size());
-  if (why == ENOMEM)
+  if (no_memory)
     return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::reserve, "VFIO_IOMMU_SPAPR_TCE_CREATE",
                              spapr_table_bytes_max(request.length, request.page));
+  if (why == EINVAL)
+    return base::fail(Errc::unsupported, Stage::reserve, why,
+                      "no table of {} to {} levels has room for {} bytes with pages of {} on this platform; ask for "
+                      "other levels, a smaller window or larger pages",
+                      first, last, request.length.value, request.page.value);
   return base::fail(Errc::io_error, Stage::reserve, why,
                     "VFIO_IOMMU_SPAPR_TCE_CREATE of {} bytes with pages of {} failed at up to {} levels: errno {}",
                     request.length.value, request.page.value, last, why);
@@ -296,7 +306,8 @@ Result<void> SpaprSpace::remove_window(Iova start) {
 Result<void> SpaprSpace::detach(DeviceId device) {
   if (!groups_.contains(device)) return groups_.remove(device);
   if (!groups_.is_last(device)) return groups_.remove(device);
-  const std::uint64_t live = live_bytes_.load(std::memory_order_relaxed);  // relaxed: control plane
+  std::uint64_t live = 0;
+  for (const TceBook& book : books_) live += book.live_count() * book.page();
   if (live != 0)
     return base::fail(
         Errc::busy, Stage::detach, 0,

@@ -52,22 +52,12 @@ TceBook::~TceBook() {
   if (words_ != nullptr) ::munmap(words_, count_ * sizeof(TceWord));
 }
 
-TceRun TceBook::run_of(IovaRange range) const noexcept {
-  const std::uint64_t start = window_.range.start.value;
-  return {(range.start.value - start) >> page_shift_, (range.last.value - start) >> page_shift_};
-}
-
-IovaRange TceBook::range_of(TceRun run) const noexcept {
-  const std::uint64_t start = window_.range.start.value;
-  return {Iova{start + (run.first << page_shift_)}, Iova{start + (run.last << page_shift_) + (page() - 1)}};
-}
-
 void TceBook::fill(TceRun run, std::uint64_t address, std::uint32_t registration, Access access) noexcept {
   for (std::uint64_t chunk = run.first >> chunk_shift; chunk <= run.last >> chunk_shift; ++chunk)
     // relaxed: says only where to look; whoever looks for these TCEs is ordered behind their map.
     touched_[chunk].store(true, std::memory_order_relaxed);
-  for (std::uint64_t i = run.first; i <= run.last; ++i, address += page())
-    words_[i] = TceWord::of(address, registration, access);
+  TceWord word = TceWord::of(address, registration, access);
+  for (std::uint64_t i = run.first; i <= run.last; ++i, word = word.next(page_shift_)) words_[i] = word;
 }
 
 std::optional<std::uint64_t> TceBook::first_live(TceRun run) const noexcept {
@@ -90,16 +80,23 @@ bool TceBook::all_live(TceRun run) const noexcept {
   return true;
 }
 
+std::uint64_t TceBook::live_count() const noexcept {
+  std::uint64_t count = 0;
+  TceRun rest{0, count_ - 1};
+  while (const auto at = first_live(rest)) {
+    ++count;
+    if (*at == rest.last) break;
+    rest.first = *at + 1;
+  }
+  return count;
+}
+
 std::optional<TceRun> TceBook::next_stretch(TceRun run, std::uint64_t hole_max) const noexcept {
   const auto first = first_live(run);
   if (!first) return std::nullopt;
   TceRun stretch{*first, *first};
-  while (stretch.last < run.last) {
-    const TceRun ahead{stretch.last + 1, std::min(run.last, stretch.last + 1 + hole_max)};
-    const auto next = first_live(ahead);
-    if (!next) break;
-    stretch.last = *next;
-  }
+  for (std::uint64_t i = *first + 1; i <= run.last && i - stretch.last <= hole_max + 1; ++i)
+    if (words_[i].live()) stretch.last = i;
   return stretch;
 }
 

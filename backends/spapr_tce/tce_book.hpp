@@ -31,6 +31,8 @@ struct TceWord {
   static TceWord of(std::uint64_t address, std::uint32_t registration, Access access) noexcept {
     return {address >> 12 << 24 | std::uint64_t{registration} << 2 | static_cast<std::uint64_t>(access)};
   }
+  /// Of the page of 2^`page_shift` bytes behind this one.
+  TceWord next(unsigned page_shift) const noexcept { return {bits + (std::uint64_t{1} << (page_shift + 12))}; }
   bool live() const noexcept { return bits != 0; }
   Access access() const noexcept { return static_cast<Access>(bits & 3U); }
   std::uint32_t registration() const noexcept {
@@ -60,8 +62,14 @@ class TceBook {
   void set_charge(Bytes table) noexcept { window_.table = table; }
   std::uint64_t page() const noexcept { return window_.page.value; }
   /// The TCEs that `range` touches. It lies inside the window.
-  TceRun run_of(IovaRange range) const noexcept;
-  IovaRange range_of(TceRun run) const noexcept;
+  TceRun run_of(IovaRange range) const noexcept {
+    const std::uint64_t start = window_.range.start.value;
+    return {(range.start.value - start) >> page_shift_, (range.last.value - start) >> page_shift_};
+  }
+  IovaRange range_of(TceRun run) const noexcept {
+    const std::uint64_t start = window_.range.start.value;
+    return {Iova{start + (run.first << page_shift_)}, Iova{start + (run.last << page_shift_) + (page() - 1)}};
+  }
 
   TceWord at(std::uint64_t index) const noexcept { return words_[index]; }
   void clear(std::uint64_t index) noexcept { words_[index] = {}; }
@@ -70,6 +78,8 @@ class TceBook {
 
   std::optional<std::uint64_t> first_live(TceRun run) const noexcept;
   bool all_live(TceRun run) const noexcept;
+  /// All of them, counted: control plane.
+  std::uint64_t live_count() const noexcept;
   /// What to unmap in one call: from the first live TCE of `run` to a live one, with holes of at most `hole_max` TCEs.
   std::optional<TceRun> next_stretch(TceRun run, std::uint64_t hole_max) const noexcept;
 

@@ -1,6 +1,7 @@
 // Dirty tracking of a type1 container. The kernel counts everything that is pinned for a device as written, for as long
 // as a device is attached that does not report its own writes (plain PCI devices never do), so that each read names
 // every mapped page again. An unmap reports what it removes in the same call.
+#include <cerrno>
 #include <vector>
 
 #include "backends/type1/type1_space.hpp"
@@ -102,6 +103,7 @@ BackendOpResult Type1Space::unmap_tracked(IovaRange range) noexcept {
 }
 
 BackendOpResult Type1Space::unmap_run(IovaRange run) noexcept {
+  int why = 0;
   try {
     if (base::fault_now(base::FaultKind::allocation)) throw std::bad_alloc{};
     std::vector<std::uint64_t> words(bitmap_words(run, facts_.granule));
@@ -109,7 +111,8 @@ BackendOpResult Type1Space::unmap_run(IovaRange run) noexcept {
         .unmap = {.flags = uapi::dma_unmap_flag_get_dirty_bitmap, .iova = run.start.value, .size = run.length().value},
         .bitmap = bitmap_at(words, facts_.granule)};
     unmap.unmap.argsz = sizeof unmap;
-    if (call(kernel_, container_.get(), unmap) == 0) {
+    why = call(kernel_, container_.get(), unmap);
+    if (why == 0) {
       live_bytes_ -= unmap.unmap.size;
       harvest_->take(run, words);
       return {{}, Bytes{unmap.unmap.size}};
@@ -118,7 +121,12 @@ BackendOpResult Type1Space::unmap_run(IovaRange run) noexcept {
     // No memory for a bitmap: the unmap matters more than an exact answer.
   }
   // Whatever was wrong with the bitmap (a kernel's limit on its size), the plain unmap has its own verdict.
-  const BackendOpResult plain = unmap_once(run);
+  BackendOpResult plain = unmap_once(run);
+  if (why == EFAULT && !plain.error && plain.bytes.value == 0) {
+    // The call had unmapped, and could not write its answer back.
+    plain.bytes = run.length();
+    live_bytes_ -= plain.bytes.value;
+  }
   if (plain.bytes.value != 0) harvest_->take_all(run);
   return plain;
 }

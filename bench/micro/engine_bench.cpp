@@ -7,6 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "backends/model/model_kernel.hpp"
+#include "backends/open.hpp"
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
 #include "support/null_backend.hpp"
@@ -67,6 +69,48 @@ void BM_EngineBatch(benchmark::State& state) {
   run_batches(state, space, static_cast<std::uint64_t>(state.range(0)), true);
 }
 BENCHMARK(BM_EngineBatch)->ArgNames({"batch", "live"})->ArgsProduct({{1, 8, 32, 128}, {0, 10'000}});
+
+// The same on the software IOMMU, which writes page tables: what a pair costs with a backend that works.
+void BM_EngineOnModel(benchmark::State& state) {
+  backends::model::ModelOptions options;
+  options.memory_check = backends::model::MemoryCheck::none;  // the addresses lead nowhere, and nobody follows them
+  auto kernel = *backends::model::ModelKernel::create(options);
+  auto backend =
+      *backends::open_backend(*kernel, {.name = state.range(1) != 0 ? "type1" : "iommufd", .descriptor = {}});
+  {
+    Engine engine = EngineAccess::open(std::move(backend), "model");
+    AddressSpaceConfig config;
+    config.layout = LayoutPolicy::fixed;
+    AddressSpace space = *engine.create_address_space(config);
+    if (!space.attach({.pci_address = kernel->device(0).address()})) state.SkipWithError("cannot attach");
+    run_batches(state, space, static_cast<std::uint64_t>(state.range(0)), true);
+  }
+}
+BENCHMARK(BM_EngineOnModel)->ArgNames({"batch", "type1"})->ArgsProduct({{1, 8, 32, 128}, {0, 1}});
+
+// Baseline: the backend alone on the software IOMMU, a call per operation.
+void BM_BaselineModelCalls(benchmark::State& state) {
+  backends::model::ModelOptions options;
+  options.memory_check = backends::model::MemoryCheck::none;
+  auto kernel = *backends::model::ModelKernel::create(options);
+  auto backend =
+      *backends::open_backend(*kernel, {.name = state.range(0) != 0 ? "type1" : "iommufd", .descriptor = {}});
+  auto space = *backend->create_space({});
+  if (!space->attach({.pci_address = kernel->device(0).address()})) state.SkipWithError("cannot attach");
+  std::uint64_t at = 0x10000;
+  for (auto _ : state) {
+    const IovaRange range{Iova{at * page}, Iova{(at + 1) * page - 1}};
+    const backends::BackendOp map{backends::OpKind::map, Access::read_write, {}, range, 0x7000'0000 + at * page};
+    const backends::BackendOp unmap{backends::OpKind::unmap, Access::none, {}, range, 0};
+    backends::BackendOpResult result;
+    space->execute({&map, 1}, {&result, 1});
+    if (result.error) state.SkipWithError(result.error.message().c_str());
+    space->execute({&unmap, 1}, {&result, 1});
+    at = 0x10000 + (at + 1) % 0x10000;
+  }
+  state.SetItemsProcessed(2 * state.iterations());
+}
+BENCHMARK(BM_BaselineModelCalls)->ArgName("type1")->Arg(0)->Arg(1);
 
 // The same in relaxed mode: `fresh` pages, so that flushes really unmap, or the same ones, which are revived.
 void BM_EngineRelaxed(benchmark::State& state) {

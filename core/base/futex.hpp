@@ -47,6 +47,16 @@ class OneShot {
     if (!word_.compare_exchange_strong(seen, sleeping, std::memory_order_acquire, std::memory_order_acquire)) return;
     while (word_.load(std::memory_order_acquire) != fired) futex_wait(word_, sleeping, std::chrono::nanoseconds{-1});
   }
+  /// The same for at most about `timeout`; false when it ran out. For a waiter that looks around between.
+  bool wait_for(std::chrono::nanoseconds timeout) noexcept {
+    std::uint32_t seen = idle;
+    // A.fired on failure; success only tells fire() that a wake is needed.
+    if (!word_.compare_exchange_strong(seen, sleeping, std::memory_order_acquire, std::memory_order_acquire) &&
+        seen == fired)
+      return true;
+    futex_wait(word_, sleeping, timeout);
+    return word_.load(std::memory_order_acquire) == fired;  // A.fired
+  }
   /// The object may be gone when this returns: after the exchange only its address is used.
   void fire() noexcept {
     std::atomic<std::uint32_t>& word = word_;

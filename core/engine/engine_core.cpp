@@ -87,6 +87,22 @@ Result<std::shared_ptr<EngineCore>> open_auto(const EngineConfig& config) {
                      report->measurement ? report->measurement->copy_from() : Bytes{});
 }
 
+/// For iommufd by name: which lengths are copied, as measured. Who names an interface did not ask for devices to be
+/// opened, so only Measure::always makes a measurement here. Nothing fails for want of one.
+Result<Bytes> measured_copy_from(const EngineConfig& config) {
+  backends::ProbeOptions options;
+  options.attach_devices = false;
+  const auto mode = measure_mode(config.measure);
+  if (!mode) return mode.error();
+  using Measure = backends::ProbeOptions::Measure;
+  if (*mode == Measure::never) return Bytes{};
+  options.measure = *mode == Measure::always ? Measure::always : Measure::cached;
+  options.measurement_file = config.measurement_file;
+  backends::SystemKernel kernel;
+  const auto report = backends::probe_host(kernel, options);
+  return report && report->measurement ? report->measurement->copy_from() : Bytes{};
+}
+
 Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config);
 
 /// With IOVANE_BACKEND in the place of "auto", where nothing else says what is wanted.
@@ -125,8 +141,15 @@ Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
                       choice.name);
   choice.descriptor.fd = wants_iommu ? config.iommu_fd : config.container_fd;
   choice.descriptor.duplicate = config.descriptors == DescriptorUse::duplicate;
+  Bytes copy_from{};
+  if (choice.name == "iommufd" && !wants_iommu) {  // with a descriptor handed in, no path is opened
+    const auto measured = measured_copy_from(config);
+    if (!measured) return measured.error();
+    copy_from = *measured;
+  }
   return open_system(std::move(choice),
-                     name == "auto" ? "a descriptor of it was handed in" : "it was asked for by name", config.workers);
+                     name == "auto" ? "a descriptor of it was handed in" : "it was asked for by name", config.workers,
+                     copy_from);
 }
 
 }  // namespace
@@ -146,9 +169,9 @@ Result<Engine> Engine::open(const EngineConfig& config) {
 }
 
 Engine EngineAccess::open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers,
-                          std::unique_ptr<engine::StatsPage> stats_page) {
+                          std::unique_ptr<engine::StatsPage> stats_page, Bytes copy_from) {
   auto core = std::make_shared<EngineCore>(nullptr, std::move(backend), std::move(name), "it was handed in",
-                                           std::move(workers));
+                                           std::move(workers), copy_from);
   core->publish(std::move(stats_page));
   return Engine{std::move(core)};
 }

@@ -21,7 +21,7 @@ class EngineAccess {
  public:
   /// What the backend stands on must outlive every address space. `name` is what Engine::backend() says.
   static Engine open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers = {},
-                     std::unique_ptr<engine::StatsPage> stats_page = {});
+                     std::unique_ptr<engine::StatsPage> stats_page = {}, Bytes copy_from = {});
 };
 
 namespace engine {

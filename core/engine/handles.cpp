@@ -34,15 +34,16 @@ AddressSpace::AddressSpace(std::shared_ptr<engine::SpaceCore> core) noexcept : c
 AddressSpace::AddressSpace(AddressSpace&&) noexcept = default;
 AddressSpace& AddressSpace::operator=(AddressSpace&& o) noexcept {
   if (this != &o) {
-    if (core_) core_->close();
+    if (core_) (void)core_->close();
     core_ = std::move(o.core_);
   }
   return *this;
 }
 AddressSpace::~AddressSpace() {
-  if (core_) core_->close();
+  if (core_) (void)core_->close();
 }
 
+CloseReport AddressSpace::close() noexcept { return core_ ? core_->close() : CloseReport{}; }
 const AddressSpaceFacts& AddressSpace::facts() const noexcept { return core_->facts(); }
 Result<DeviceInfo> AddressSpace::attach(const DeviceConfig& device) { return core_->attach(device); }
 Result<void> AddressSpace::detach(std::uint32_t device_id) { return core_->detach(device_id); }

@@ -12,7 +12,7 @@ enum class OperationKind : std::uint8_t { map, unmap, replace, fence, flush };
 inline constexpr std::size_t operation_kinds = 5;
 
 /// The flat form of a MapRequest, UnmapRequest, ReplaceRequest or fence. Which member means what depends on the kind.
-struct Operation {
+struct alignas(64) Operation {
   OperationKind kind = OperationKind::fence;
   Order order = Order::free;
   Access access = Access::none;

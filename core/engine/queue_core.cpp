@@ -12,6 +12,13 @@
 
 namespace iovane::engine {
 
+namespace {
+
+// Whether the worker lives is looked at so often by one who polls in vain.
+constexpr std::uint32_t empty_polls_per_look = 4096;
+
+}  // namespace
+
 QueueCore::QueueCore(std::shared_ptr<SpaceCore> space, const QueueConfig& config, Worker* worker)
     : LaneNode{Kind::work},
       space_{std::move(space)},
@@ -40,7 +47,7 @@ void QueueCore::submit() noexcept {
   const bool hand_over = never_block_ || staged_bytes_ >= hand_over_bytes_;
   staged_bytes_ = 0;
   if (!mark_queued()) return;
-  if (hand_over)
+  if (hand_over && !worker_->is_dead())
     worker_->post(hand_over_);
   else
     space_->lane().enter(*this);
@@ -57,6 +64,8 @@ std::size_t QueueCore::poll(std::span<Completion> out) noexcept {
     completed_seen_ = completed_.load(std::memory_order_acquire);
   }
   const std::size_t count = std::min<std::size_t>(out.size(), completed_seen_ - taken_);
+  if (count == 0 && worker_ != nullptr && (++empty_polls_ & (empty_polls_per_look - 1)) == 0) [[unlikely]]
+    worker_->stand_in_if_dead();
   for (std::size_t i = 0; i < count; ++i) {
     // Member by member, as it was written, perhaps just now: see stage().
     const Completion& from = completions_[taken_++ & mask_];
@@ -92,7 +101,11 @@ std::size_t QueueCore::wait(std::span<Completion> out, std::size_t count_min,
           break;
         }
       }
+      const bool watching = worker_ != nullptr && (left.count() < 0 || left > Worker::death_watch);
+      if (watching) left = Worker::death_watch;
       base::futex_wait(wakeups_, ticket, left);
+      // relaxed: a look; poll() below takes with acquire.
+      if (watching && completed_.load(std::memory_order_relaxed) == taken_) worker_->stand_in_if_dead();
     }
     sleeping_.store(false, std::memory_order_relaxed);  // relaxed: at worst one needless wake
     count += poll(out.subspan(count));

@@ -109,6 +109,7 @@ class QueueCore final : public LaneNode {
   std::uint64_t taken_ = 0;
   std::uint64_t completed_seen_ = 0;
   std::uint64_t staged_bytes_ = 0;  // by maps, since the last submit
+  std::uint32_t empty_polls_ = 0;   // counted where there is a worker
   HandOver hand_over_{*this};
   base::UniqueFd event_fd_;
 

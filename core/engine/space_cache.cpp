@@ -29,6 +29,7 @@ Result<std::unique_ptr<SpaceCache>> SpaceCache::open(SpaceCore& space, PinDomain
     std::unique_ptr<SpaceCache> cache{new SpaceCache{space, config.ceiling, memories_max}};
     pinning::MapCacheConfig settings;
     settings.chunk = config.chunk;
+    settings.chunk_max = config.chunk_max;
     settings.bytes_max = config.bytes_max;
     settings.regions_max = config.regions_max;
     settings.evict_min = config.evict_min;

@@ -104,19 +104,22 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
 }
 
 SpaceCore::~SpaceCore() {
-  close();
+  (void)close();
   if (published_ != nullptr) engine_->stats_page()->release(published_);
 }
 
-void SpaceCore::close() noexcept {
+CloseReport SpaceCore::close() noexcept {
+  CloseReport report;
   // Without the lane: it unmaps through it.
   if (SpaceCache* const open = cache()) open->close();
   {
     const LaneHold held{lane_};
-    if (state_.closed) return;
+    if (state_.closed) return report;
     if (dirty_) (void)state_.backend->stop_dirty_tracking();  // so that unmapping everything reads no marks
     // What the kernel refuses to unmap goes when its object closes; nothing of ours names it any more.
-    (void)executor_->unmap_all();
+    report.why = executor_->unmap_all(report.unmapped);
+    report.mappings_given_up = state_.index.size();
+    report.bytes_given_up = state_.index.bytes();
     state_.closed = true;
     state_.backend.reset();
     state_.stale_timer = nullptr;
@@ -125,6 +128,7 @@ void SpaceCore::close() noexcept {
   // Nobody posts these any more. Outside of the lane: the worker may be waiting for it.
   if (flusher_) worker_->forget(*flusher_);
   if (relief_) worker_->forget(*relief_);
+  return report;
 }
 
 Result<void> SpaceCore::start_worker() {
@@ -249,6 +253,7 @@ Result<void> SpaceCore::refresh_usable() {
     }
   }
   state_.usable = *std::move(usable);
+  state_.window = no_window;
   return {};
 }
 
@@ -360,7 +365,9 @@ void SpaceCore::for_each(IovaRange range, const std::function<bool(const Mapping
 Result<Bytes> SpaceCore::unmap_all() noexcept {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
-  return executor_->unmap_all();
+  Bytes removed{};
+  if (const Error refused = executor_->unmap_all(removed)) return refused;
+  return removed;
 }
 
 Result<Bytes> SpaceCore::flush() noexcept {

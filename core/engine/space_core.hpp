@@ -70,7 +70,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<Bytes> unmap_all() noexcept;
   Result<Bytes> flush() noexcept;
   Stats stats() const noexcept;
-  void close() noexcept;
+  CloseReport close() noexcept;
 
  private:
   SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const AddressSpaceConfig& config,

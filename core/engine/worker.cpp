@@ -1,10 +1,12 @@
 #include "engine/worker.hpp"
 
+#include <cxxabi.h>
 #include <fmt/format.h>
 #include <pthread.h>
 #include <signal.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <system_error>
 #include <utility>
 
@@ -20,7 +22,9 @@ namespace iovane::engine {
 class Worker::Farewell final : public WorkerTask {
  public:
   Farewell(Worker& worker, WorkerTask& task) noexcept : WorkerTask{true}, worker_{worker}, task_{task} {}
-  void wait() noexcept { done_.wait(); }
+  void wait() noexcept {
+    while (!done_.wait_for(death_watch)) worker_.stand_in_if_dead();
+  }
   void take() noexcept {
     worker_.set_timer(task_, never);
     done_.fire();
@@ -32,6 +36,15 @@ class Worker::Farewell final : public WorkerTask {
   WorkerTask& task_;
   base::OneShot done_;
 };
+
+Worker::Worker(const WorkerConfig& config, std::unique_ptr<WaitPoint> wait) noexcept
+    : spin_{config.spin}, wait_{std::move(wait)} {
+  pthread_mutexattr_t robust;
+  pthread_mutexattr_init(&robust);
+  pthread_mutexattr_setrobust(&robust, PTHREAD_MUTEX_ROBUST);
+  pthread_mutex_init(&role_, &robust);  // cannot fail: nothing of these allocates
+  pthread_mutexattr_destroy(&robust);
+}
 
 Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const base::Topology* topology, unsigned node,
                                               unsigned index) {
@@ -47,14 +60,25 @@ Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const 
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
       if (base::fault_now(base::FaultKind::allocation)) throw std::system_error{EAGAIN, std::system_category()};
-      worker->thread_ =
-          std::thread{[self = worker.get(), name, topology, node, index, pin = config.pin, on_start = config.on_start] {
+      base::OneShot begun;  // from here on the role is the thread's
+      worker->thread_ = std::thread{
+          [self = worker.get(), &begun, name, topology, node, index, pin = config.pin, on_start = config.on_start] {
+            pthread_mutex_lock(&self->role_);
+            begun.fire();
             pthread_setname_np(pthread_self(), name.c_str());
             // Where it may not be pinned it runs anywhere: slower, not wrong.
             if (pin && topology != nullptr && topology->node_count() > 1) (void)topology->pin_this_thread(node);
-            if (on_start) on_start(index);
-            self->main();
+            try {
+              if (on_start) on_start(index);
+              self->main();
+            } catch (const abi::__forced_unwind&) {
+              throw;  // the thread is being ended, which cannot be stopped
+            } catch (...) {
+              // The host's function threw: a worker that never was. Whoever waits for it stands in.
+            }
+            pthread_mutex_unlock(&self->role_);
           }};
+      begun.wait();
     } catch (const std::system_error& refused) {
       pthread_sigmask(SIG_SETMASK, &before, nullptr);
       return base::fail(Errc::out_of_memory, Stage::open, refused.code().value(),
@@ -68,11 +92,32 @@ Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const 
 }
 
 Worker::~Worker() {
-  if (!thread_.joinable()) return;
+  if (!thread_.joinable()) {
+    pthread_mutex_destroy(&role_);
+    return;
+  }
   // sequentially consistent: with sleeping_, as a post.
   stopping_.store(true, std::memory_order_seq_cst);
   wait_->ring();
   thread_.join();
+  stand_in_if_dead();
+  pthread_mutex_destroy(&role_);
+}
+
+void Worker::stand_in_if_dead() noexcept {
+  do {
+    const int taken = pthread_mutex_trylock(&role_);
+    if (taken == EOWNERDEAD)
+      pthread_mutex_consistent(&role_);
+    else if (taken != 0)
+      return;  // alive, or somebody else stands in, who looks at the stack once more after letting go
+    dead_.store(true, std::memory_order_relaxed);  // relaxed: see is_dead()
+    while (run_posted()) {
+    }
+    (void)run_timers();
+    pthread_mutex_unlock(&role_);
+    // sequentially consistent: after the unlock. A post whose owner found the role taken came before, and is seen here.
+  } while (head_.load(std::memory_order_seq_cst) != nullptr);
 }
 
 void Worker::push(WorkerTask& task) noexcept {
@@ -110,17 +155,18 @@ void Worker::main() noexcept {
 bool Worker::run_posted() noexcept {
   // A.take - acquire, pairs with R.post.
   WorkerTask* newest = head_.exchange(nullptr, std::memory_order_acquire);
-  if (newest == nullptr) return false;
-  WorkerTask* oldest = nullptr;
+  if (newest == nullptr && taken_ == nullptr) return false;
+  WorkerTask** end = &taken_;  // not empty only where a worker died
+  while (*end != nullptr) end = &(*end)->next_posted_;
   while (newest != nullptr) {
     WorkerTask* const next = newest->next_posted_;
-    newest->next_posted_ = oldest;
-    oldest = newest;
+    newest->next_posted_ = *end;
+    *end = newest;
     newest = next;
   }
-  while (oldest != nullptr) {
-    WorkerTask& task = *oldest;
-    oldest = task.next_posted_;
+  while (taken_ != nullptr) {
+    WorkerTask& task = *taken_;
+    taken_ = task.next_posted_;
     if (task.is_farewell_) {
       static_cast<Farewell&>(task).take();  // it and the task that it names may be gone now
       continue;

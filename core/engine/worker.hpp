@@ -12,6 +12,10 @@
 //   I2 the worker sleeps only after it saw an empty stack with sleeping_ set, so a post either is seen there or sees
 //   sleeping_ (Dekker; both sides sequentially consistent).
 // Linearization: post: the CAS on head_, or the exchange that found posted_ true. Taking: the exchange of head_.
+// Death: the worker's role (taking the stack, running tasks, the timers) is a robust mutex that its thread holds for
+// life.
+//   When something else ends the thread (a host's seccomp filter, say), whoever waits for the worker notices, and
+//   stands in: takes the role, runs what was posted, and lets the role go. Only a lane that the thread held stays held.
 // Edges: R.post/A.take on head_; posted_ by exchanges on both sides, so what was written before a post() that found it
 //   true is visible to the run that follows.
 // ABA: none; the stack is only taken as a whole.
@@ -21,6 +25,8 @@
 //   that tests/unit/worker_test.cpp enforces by seccomp.
 // Proven by: tests/unit/worker_test.cpp, tests/stress/worker_stress_test.cpp (TSan).
 #pragma once
+
+#include <pthread.h>
 
 #include <atomic>
 #include <chrono>
@@ -82,13 +88,22 @@ class Worker {
   /// Waits until the worker is through with the task, for good: nobody may post it any more. Not on the worker's
   /// thread, not while holding what the task waits for.
   void forget(WorkerTask& task) noexcept;
+  /// How often one who waits for a worker looks whether it lives.
+  static constexpr std::chrono::milliseconds death_watch{20};
+  /// For those who wait for something posted: if the worker's thread has died, runs what is posted on this thread. Not
+  /// while holding what a task may wait for.
+  void stand_in_if_dead() noexcept;
+  /// True once somebody noticed that the thread is gone. Posting still works, but nothing runs before
+  /// stand_in_if_dead().
+  bool is_dead() const noexcept {
+    return dead_.load(std::memory_order_relaxed);  // relaxed: a hint; the role's mutex orders what it protects
+  }
   bool uses_io_uring() const noexcept { return wait_->uses_io_uring(); }
 
  private:
   class Farewell;
 
-  Worker(const WorkerConfig& config, std::unique_ptr<WaitPoint> wait) noexcept
-      : spin_{config.spin}, wait_{std::move(wait)} {}
+  Worker(const WorkerConfig& config, std::unique_ptr<WaitPoint> wait) noexcept;
   void push(WorkerTask& task) noexcept;
   void main() noexcept;
   bool run_posted() noexcept;
@@ -102,10 +117,13 @@ class Worker {
   const std::chrono::nanoseconds spin_;
   std::unique_ptr<WaitPoint> wait_;
   std::thread thread_;
+  WorkerTask* taken_ = nullptr;   // from the stack, oldest first, and not begun
   WorkerTask* timers_ = nullptr;  // unordered: there are as many as relaxed address spaces
   alignas(base::cacheline_bytes) std::atomic<WorkerTask*> head_{nullptr};
   std::atomic<bool> sleeping_{false};
   std::atomic<bool> stopping_{false};
+  std::atomic<bool> dead_{false};
+  pthread_mutex_t role_;  // robust
 };
 
 }  // namespace iovane::engine

@@ -1,7 +1,6 @@
 #include "viommu/engine_target.hpp"
 
 #include <algorithm>
-#include <array>
 
 namespace iovane::viommu {
 namespace {
@@ -28,12 +27,14 @@ EngineTarget::EngineTarget(AddressSpace& space, Queue queue, const EngineTargetC
     : space_{space},
       queue_{std::move(queue)},
       name_{config.name.empty() ? space.facts().backend : config.name},
-      register_memory_{config.register_memory} {}
+      register_memory_{config.register_memory},
+      completions_(completions_at_once) {}
 
 Result<void> EngineTarget::add_region(const Region& region) {
   Place place;
   place.region = region.id;
   place.address = reinterpret_cast<std::uintptr_t>(region.address);
+  place.length = region.length();
   if (register_memory_) {
     auto memory =
         space_.register_memory({.address = region.address, .length = region.length(), .fd = -1, .fd_offset = 0});
@@ -93,16 +94,17 @@ Progress EngineTarget::submit(std::span<const HostOp> ops, std::vector<OpFailure
 }
 
 Progress EngineTarget::poll(std::vector<OpFailure>& failures) noexcept {
-  failures.insert(failures.end(), early_.begin(), early_.end());
-  early_.clear();
-  std::array<Completion, completions_at_once> completions;
+  if (!early_.empty()) {
+    failures.insert(failures.end(), early_.begin(), early_.end());
+    early_.clear();
+  }
   for (;;) {
     const std::size_t before = staged_ + finished_;
     while (staged_ < ops_.size() && stage(ops_[staged_], staged_, failures)) ++staged_;
     queue_.submit();
-    for (std::size_t got = completions.size(); got == completions.size();) {
-      got = queue_.poll(completions);
-      take(std::span{completions}.first(got), failures);
+    for (std::size_t got = completions_at_once; got == completions_at_once;) {
+      got = queue_.poll(completions_);
+      take(std::span{completions_}.first(got), failures);
     }
     if (finished_ == ops_.size()) return Progress::done;
     if (staged_ + finished_ == before) return Progress::pending;  // nothing moves: another thread has the batch
@@ -110,9 +112,8 @@ Progress EngineTarget::poll(std::vector<OpFailure>& failures) noexcept {
 }
 
 void EngineTarget::wait(std::chrono::nanoseconds timeout) noexcept {
-  std::array<Completion, completions_at_once> completions;
-  const std::size_t got = queue_.wait(completions, 1, timeout);
-  take(std::span{completions}.first(got), early_);
+  const std::size_t got = queue_.wait(completions_, 1, timeout);
+  take(std::span{completions_}.first(got), early_);
 }
 
 }  // namespace iovane::viommu

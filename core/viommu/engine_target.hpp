@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,17 +39,27 @@ class EngineTarget final : public ShadowTarget {
   Progress poll(std::vector<OpFailure>& failures) noexcept override;
   void wait(std::chrono::nanoseconds timeout) noexcept override;
   int event_fd() noexcept override { return queue_.event_fd(); }
+  /// Needs AddressSpaceConfig::dirty_tracking. What is told, and how exactly, is the engine's: docs/LIVE.md.
+  Result<void> track_dirty(bool on) override;
+  /// Precondition: no batch is in flight (busy). Waits for the kernel. On an error everything was visited all the same,
+  /// and what could not be read counts as written.
+  Result<void> take_dirty(const VisitDirty& visit) override;
 
  private:
   struct Place {
     RegionId region{};
     std::uint64_t address = 0;  // of this process, when the region is not registered
+    Bytes length{};
     Memory memory;
   };
 
   EngineTarget(AddressSpace& space, Queue queue, const EngineTargetConfig& config);
   const Place* find(RegionId region) noexcept;
   bool stage(const HostOp& op, std::uint64_t index, std::vector<OpFailure>& failures) noexcept;
+  std::optional<DirtyMemory> guest_memory_of(const MemoryPiece& piece) const noexcept;
+  void take_dirty_of_gone(const VisitDirty& visit) const;
+  Result<void> take_dirty_of_live(const MappingInfo& mapping, std::vector<std::uint64_t>& bitmap,
+                                  const VisitDirty& visit) const;
   void take(std::span<const Completion> completions, std::vector<OpFailure>& failures) noexcept;
 
   AddressSpace& space_;
@@ -60,7 +71,8 @@ class EngineTarget final : public ShadowTarget {
   std::span<const HostOp> ops_;
   std::size_t staged_ = 0;
   std::size_t finished_ = 0;
-  std::vector<OpFailure> early_;  // of completions that wait() took
+  std::vector<Completion> completions_;  // room to take them
+  std::vector<OpFailure> early_;         // of completions that wait() took
 };
 
 }  // namespace iovane::viommu

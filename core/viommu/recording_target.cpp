@@ -23,7 +23,7 @@ Result<void> RecordingTarget::track_dirty(bool on) {
   return {};
 }
 
-Result<void> RecordingTarget::take_dirty(const std::function<void(const DirtyMemory&)>& visit) {
+Result<void> RecordingTarget::take_dirty(const VisitDirty& visit) {
   if (!tracks_dirty_) return make_error(Errc::invalid_argument, Stage::query, "dirty tracking is off");
   for (const auto& [region, offset] : dirty_) visit({region, offset, granule_bytes});
   dirty_.clear();

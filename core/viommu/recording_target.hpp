@@ -51,7 +51,7 @@ class RecordingTarget : public ShadowTarget {
   Result<void> add_region(const Region&) override { return {}; }
   void remove_region(RegionId) noexcept override {}
   Result<void> track_dirty(bool on) override;
-  Result<void> take_dirty(const std::function<void(const DirtyMemory&)>& visit) override;
+  Result<void> take_dirty(const VisitDirty& visit) override;
   Progress submit(std::span<const HostOp> ops, std::vector<OpFailure>& failures) noexcept override;
   Progress poll(std::vector<OpFailure>& failures) noexcept override;
   void wait(std::chrono::nanoseconds) noexcept override {}

@@ -7,7 +7,7 @@ Result<void> ShadowTarget::track_dirty(bool on) {
   return make_error(Errc::unsupported, Stage::query, "this target cannot record what devices write");
 }
 
-Result<void> ShadowTarget::take_dirty(const std::function<void(const DirtyMemory&)>&) {
+Result<void> ShadowTarget::take_dirty(const VisitDirty&) {
   return make_error(Errc::unsupported, Stage::query, "this target cannot record what devices write");
 }
 

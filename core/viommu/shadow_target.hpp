@@ -44,6 +44,8 @@ struct DirtyMemory {
   Bytes length{};
 };
 
+using VisitDirty = std::function<void(const DirtyMemory&)>;
+
 /// Where a batch stands.
 enum class Progress : std::uint8_t { done, pending };
 
@@ -74,7 +76,7 @@ class ShadowTarget {
   virtual Result<void> track_dirty(bool on);
   /// Hands out, once, what devices wrote since the last call, through mappings that are gone by now too. Pieces may
   /// overlap, and may say more than was written. On error the VMM must take all of the guest's memory for written.
-  virtual Result<void> take_dirty(const std::function<void(const DirtyMemory&)>& visit);
+  virtual Result<void> take_dirty(const VisitDirty& visit);
 
   /// Begins a batch; `ops` stay as they are until it is done. One batch at a time. Failures are appended by whichever
   /// call returns `done`, in any order. Neither call blocks.

@@ -1,9 +1,18 @@
 // AddressSpace::acquire() on every interface, with a device's DMA as the proof: what is cached is right, what has left
 // the cache is out of reach, and memory seen before costs no kernel call.
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <map>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -14,6 +23,10 @@
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
 #include "support/seed.hpp"
+#include "support/syscall_counter.hpp"
+#if defined(IOVANE_TEST_TRACES)
+#include "trace/format.hpp"
+#endif
 
 namespace iovane::test {
 namespace {
@@ -180,6 +193,79 @@ TEST_P(CacheContract, a_replay_over_a_small_pool_makes_no_kernel_call_after_warm
   EXPECT_EQ(address_space_.cache_stats().evictions, 0U);
 }
 
+#if defined(IOVANE_TEST_TRACES)
+// What a real guest's disk did, as a storage stack's buffers: each recorded map is an acquisition of the memory that it
+// named, each unmap a release. The recorded frames become pages of one pool.
+TEST_P(CacheContract, a_recorded_disk_makes_no_kernel_call_after_warm_up) {
+  const auto read = trace::read_file(IOVANE_TEST_TRACES "/rr4k.iovtrace");
+  if (!read && read.error().os_errno == ENOENT) GTEST_SKIP() << read.error().message() << " (tools/lab run --file)";
+  ASSERT_TRUE(read) << read.error().message();
+  std::map<std::uint64_t, std::uint64_t> pages;  // recorded frame -> page of the pool
+  for (const auto& event : read->events)
+    if (event.kind == trace::EventKind::map)
+      for (std::uint64_t at = 0; at < event.range.length().value; at += trace::granule)
+        pages.try_emplace(event.physical + at, pages.size());
+  ASSERT_LT(pages.size(), 4096U);
+  const Memory pool{(pages.size() * trace::granule + page_bytes() - 1) / page_bytes()};
+  open_cache();
+  if (HasFatalFailure()) return;
+
+  std::map<std::uint64_t, MemoryLease> live;  // by recorded IOVA
+  std::uint64_t acquired = 0;
+  std::uint64_t wrong = 0;
+  const auto replay = [&] {
+    for (const auto& event : read->events) {
+      for (std::uint64_t at = 0; at < event.range.length().value; at += trace::granule) {
+        const std::uint64_t iova = event.range.start.value + at;
+        if (event.kind == trace::EventKind::unmap) {
+          live.erase(iova);
+          continue;
+        }
+        const std::uint64_t offset = pages.at(event.physical + at) * trace::granule;
+        auto lease = address_space_.acquire_portable(MemoryPiece::of(pool.bytes().subspan(offset, trace::granule)));
+        ++acquired;
+        wrong += lease ? 0 : 1;
+        if (lease) live.insert_or_assign(iova, *std::move(lease));
+      }
+    }
+    live.clear();
+  };
+  replay();  // warm-up
+  const std::uint64_t before = kernel_->calls();
+  const CacheStats warm = address_space_.cache_stats();
+  replay();
+  EXPECT_EQ(wrong, 0U);
+  EXPECT_EQ(kernel_->calls(), before) << "by the seam below the backends";
+  EXPECT_EQ(address_space_.cache_stats().misses, warm.misses);
+  EXPECT_EQ(address_space_.cache_stats().evictions, 0U);
+
+  // Short leases, as one request takes them, and the kernel's own entry as the witness: the maps above allocate.
+  std::vector<std::uint64_t> offsets;
+  for (const auto& event : read->events)
+    if (event.kind == trace::EventKind::map) offsets.push_back(pages.at(event.physical) * trace::granule);
+  std::uint64_t sum = 0;
+  const auto system_calls = SyscallCounter::of([&] {
+    for (const std::uint64_t offset : offsets) {
+      const auto lease = address_space_.acquire(MemoryPiece::of(pool.bytes().subspan(offset, trace::granule)));
+      if (lease)
+        sum += lease->iova().value & 1U;
+      else
+        ++wrong;
+    }
+  });
+  EXPECT_EQ(wrong + sum, 0U);
+  if (system_calls) {
+    EXPECT_EQ(system_calls->calls, 0U) << "the last one was system call " << system_calls->last;
+  }
+  std::printf("%zu pages, %llu acquisitions twice: %llu misses, then %llu kernel calls; %zu hits: %lld system calls\n",
+              pages.size(), static_cast<unsigned long long>(acquired / 2), static_cast<unsigned long long>(warm.misses),
+              static_cast<unsigned long long>(kernel_->calls() - before), offsets.size(),
+              system_calls ? static_cast<long long>(system_calls->calls) : -1LL);
+  const auto lease = acquire(pool.page(0));
+  EXPECT_TRUE(reads(*witness_, lease.iova(), pool.page(0)));
+}
+#endif
+
 TEST_P(CacheContract, an_eviction_shares_kernel_calls_between_neighbours) {
   open_cache({.chunk = Bytes{page_bytes()}});
   if (HasFatalFailure()) return;
@@ -263,6 +349,133 @@ TEST_P(CacheContract, remapped_memory_is_seen_by_the_monitor) {
   EXPECT_TRUE(reads(*witness_, fresh.iova(), memory.page(0))) << "the device must see what the address holds now";
   EXPECT_TRUE(drained());
   EXPECT_TRUE(cannot_read(*witness_, old, before));
+}
+
+// Every way in which an address can get another page, by raw system calls, with the device as the judge.
+TEST_P(CacheContract, no_change_of_memory_leaves_a_stale_page_under_the_monitor) {
+  open_space();
+  if (HasFatalFailure()) return;
+  const auto opened = address_space_.open_cache(
+      {.chunk = Bytes{page_bytes()}, .ceiling = low_addresses, .staleness = Staleness::monitored});
+  if (!opened && opened.error().code == Errc::permission) GTEST_SKIP() << opened.error().message();
+  ASSERT_TRUE(opened) << opened.error().message();
+  const Memory memory{1, 5};
+  const std::size_t length = page_bytes();
+  const auto remap = [&](int how) {
+    void* const at = memory.data();
+    switch (how) {
+      case 0:
+        EXPECT_EQ(::syscall(SYS_munmap, at, length), 0);
+        EXPECT_EQ(::mmap(at, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0), at);
+        break;
+      case 1: EXPECT_EQ(::syscall(SYS_madvise, at, length, MADV_DONTNEED), 0); break;
+      case 2: {
+        void* const other = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        *static_cast<std::byte*>(other) = std::byte{1};
+        EXPECT_EQ(::mremap(other, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, at), at);
+        break;
+      }
+      default: {
+        const long child = ::syscall(SYS_fork);
+        if (child == 0) {
+          ::usleep(20'000);
+          ::syscall(SYS_exit_group, 0);
+        }
+        memory.data()[1] = std::byte{9};  // copies the page while the child has it too
+        ::waitpid(static_cast<pid_t>(child), nullptr, 0);
+      }
+    }
+  };
+  for (int how = 0; how < 4; ++how) {
+    (void)acquire(memory.page(0));
+    auto used = acquire(memory.page(0));
+    remap(how);
+    std::memset(memory.data(), 0x40 + how, length);
+    const auto fresh = acquire(memory.page(0));
+    EXPECT_NE(fresh.iova(), used.iova()) << how;
+    EXPECT_TRUE(reads(*witness_, fresh.iova(), memory.page(0))) << "change " << how;
+    for (int i = 0; i < 1000 && address_space_.cache_stats().stale_in_use < static_cast<unsigned>(how) + 1; ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds{2});
+    EXPECT_EQ(address_space_.cache_stats().stale_in_use, static_cast<unsigned>(how) + 1) << "reported while in use";
+    const Iova old = used.iova();
+    used.release();
+    EXPECT_TRUE(drained());
+    EXPECT_TRUE(cannot_read(*witness_, old, memory.page(0))) << "change " << how;
+  }
+}
+
+// Registered by descriptor: memfd, and huge pages where there are any.
+TEST_P(CacheContract, a_registered_file_is_acquired_by_offset) {
+  open_cache({.chunk = 64_KiB});
+  if (HasFatalFailure()) return;
+  for (const bool huge : {false, true}) {
+    const std::size_t length = huge ? std::size_t{2} << 20 : 64 * page_bytes();
+    const int fd = ::memfd_create("iovane-test", MFD_CLOEXEC | (huge ? MFD_HUGETLB : 0U));
+    if (fd < 0) continue;
+    void* const view = ::ftruncate(fd, static_cast<off_t>(length)) == 0
+                           ? ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+                           : MAP_FAILED;
+    if (view == MAP_FAILED) {  // no huge page is free
+      ::close(fd);
+      continue;
+    }
+    const std::span<std::byte> bytes{static_cast<std::byte*>(view), length};
+    std::fill(bytes.begin(), bytes.end(), huge ? std::byte{0x6d} : std::byte{0x3b});
+    {
+      auto registered = address_space_.register_memory({nullptr, Bytes{length}, fd, 0});
+      // Linux before 6.13, and every container: the same memory by the address it is mapped at.
+      if (!registered && registered.error().code == Errc::unsupported)
+        registered = address_space_.register_memory({view, Bytes{length}, -1, 0});
+      ASSERT_TRUE(registered) << registered.error().message();
+      const std::uint64_t offset = length - page_bytes() + 64;
+      const auto lease = address_space_.acquire(registered->piece(Bytes{offset}, Bytes{256}), Access::read_write);
+      ASSERT_TRUE(lease) << lease.error().message();
+      EXPECT_TRUE(reads(*witness_, lease->iova(), bytes.subspan(offset, 256)));
+      EXPECT_TRUE(writes(*witness_, lease->iova(), bytes.subspan(offset, 256)));
+    }
+    ::munmap(view, length);
+    ::close(fd);
+  }
+}
+
+// 64 KiB is what a container gets, 0 what a locked-down one gets, nothing what a service with LimitMEMLOCK=infinity
+// gets.
+TEST_P(CacheContract, memlock_of_64_KiB_of_0_and_unlimited) {
+  if (GetParam() == Interface::spapr_v1 || GetParam() == Interface::spapr_v2)
+    GTEST_SKIP() << "sPAPR charges windows and registered memory, not mappings";
+  const Memory memory{64};
+  for (const Bytes limit : {64_KiB, Bytes{0}}) {
+    restart({.memlock = limit});
+    ASSERT_NE(machine_, nullptr) << "this machine cannot limit pinned memory";
+    open_cache({.chunk = Bytes{page_bytes()}});
+    if (HasFatalFailure()) return;
+    std::vector<MemoryLease> leases;
+    Error refused{};
+    for (std::size_t i = 0; i < 64 && !refused; ++i) {
+      auto lease = address_space_.acquire(MemoryPiece::of(memory.page(i)));
+      if (lease)
+        leases.push_back(*std::move(lease));
+      else
+        refused = lease.error();
+    }
+    EXPECT_EQ(refused.code, Errc::memlock_exceeded) << limit.value;
+    EXPECT_LE(leases.size() * page_bytes(), limit.value);
+    EXPECT_FALSE(std::string{refused.detail()}.empty());
+    if (!leases.empty()) {
+      EXPECT_TRUE(reads(*witness_, leases[0].iova(), memory.page(0)));
+    }
+    leases.clear();
+    if (limit.value != 0) {
+      for (std::size_t i = 0; i < 64; ++i) EXPECT_TRUE(acquire(memory.page(i))) << "unused pins make room";
+    }
+    close();
+  }
+  restart({});
+  open_cache({.chunk = Bytes{page_bytes()}});
+  if (HasFatalFailure()) return;
+  std::vector<MemoryLease> leases;
+  for (std::size_t i = 0; i < 64; ++i) leases.push_back(acquire(memory.page(i)));
+  for (const MemoryLease& lease : leases) EXPECT_TRUE(lease);
 }
 
 TEST_P(CacheContract, the_kernels_memlock_limit_evicts_instead_of_failing) {

@@ -157,8 +157,14 @@ TEST_P(LiveContract, a_device_moves_while_both_address_spaces_work) {
   const auto gap = gapless ? AddressSpace::Gap::refuse : AddressSpace::Gap::accept;
   AddressSpace* here = &first_;
   AddressSpace* there = &second_;
+  std::string cannot_join;
   for (int move = 0; move < 5; ++move) {
     auto moved = here->move_device(device->id, *there, gap);
+    if (!moved && spapr() && move == 0) {
+      cannot_join = moved.error().detail();
+      EXPECT_NE(cannot_join.find("back where it was"), std::string::npos) << cannot_join;
+      break;
+    }
     EXPECT_TRUE(moved) << moved.error().message();
     if (!moved) break;
     if (gapless) {
@@ -170,6 +176,7 @@ TEST_P(LiveContract, a_device_moves_while_both_address_spaces_work) {
   }
   stop.store(true, std::memory_order_relaxed);  // relaxed: join() orders the rest
   traffic.join();
+  if (!cannot_join.empty()) GTEST_SKIP() << "this platform does not let groups share windows: " << cannot_join;
   EXPECT_GT(pairs.load(std::memory_order_relaxed), 0U);
   ASSERT_EQ(here, &second_) << "five moves end in the second";
   witness_ = witness_of(*second_inner, *device);

@@ -143,7 +143,8 @@ TEST_P(MapContract, read_only_memory_cannot_be_mapped_for_writing) {
     EXPECT_EQ(map(at(base, 1), memory.address(), Access::read).error.code, Errc::bad_memory);
     return;
   }
-  EXPECT_TRUE(map(at(base, 1), memory.address(), Access::read).error.ok());
+  const auto mapped = map(at(base, 1), memory.address(), Access::read);
+  EXPECT_TRUE(mapped.error.ok()) << mapped.error.message();
   EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(0)));
   EXPECT_TRUE(unmap(at(base, 1)).error.ok());
 }

@@ -10,6 +10,8 @@
 #include "backends/kernel_decorators.hpp"
 #include "backends/model/model_kernel.hpp"
 #include "backends/open.hpp"
+#include "backends/uapi/iommufd.hpp"
+#include "backends/uapi/vfio.hpp"
 #include "base/fault_point.hpp"
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
@@ -17,6 +19,7 @@
 namespace iovane {
 namespace {
 
+using backends::CountingKernel;
 using backends::FailingKernel;
 using backends::model::ModelKernel;
 using backends::model::ModelOptions;
@@ -168,6 +171,8 @@ class EngineSweep : public ::testing::TestWithParam<Sweep> {
   std::byte* pages_ = nullptr;
 };
 
+class LostAnswers : public EngineSweep {};
+
 TEST_P(EngineSweep, EveryFailureLeavesIndexPinsAndKernelInAgreement) {
   std::uint64_t n = 0;
   for (bool fired = true; fired;) {
@@ -194,6 +199,48 @@ TEST_P(EngineSweep, EveryFailureLeavesIndexPinsAndKernelInAgreement) {
   EXPECT_GT(n, 10U) << "the sweep reached hardly anything";
   std::printf("%s: %llu failures\n", GetParam().name, static_cast<unsigned long long>(n - 1));
 }
+
+/// The nth call of each kind that maps or unmaps takes effect and fails all the same: the kernel could not write its
+/// answer back.
+TEST_P(LostAnswers, LeaveIndexPinsAndKernelInAgreement) {
+  std::uint64_t reached = 0;
+  for (const unsigned long request :
+       {backends::uapi::iommufd::IoasMap::request, backends::uapi::iommufd::IoasCopy::request,
+        backends::uapi::iommufd::IoasUnmap::request, backends::uapi::vfio::Type1DmaUnmap::request}) {
+    for (std::uint64_t n = 1;; ++n) {
+      ASSERT_LT(n, 1000U) << "the sweep does not end";
+      SCOPED_TRACE(::testing::Message() << backends::ioctl_name(request) << ", call " << n);
+      ModelOptions options;
+      options.devices.resize(3);
+      kernel_ = *ModelKernel::create(options);
+      CountingKernel counting{*kernel_};
+      FailingKernel failing{counting};
+      attached_ = {};
+      made_ = false;
+      failing.add({.request = request, .nth = n, .times = 1, .os_errno = EFAULT, .after_call = true});
+      workload(failing);
+      const bool fired = counting.calls(request) >= n;
+      failing.clear();
+      index_and_kernel_agree();
+      EXPECT_EQ(spaces_[0].stats().quarantined_mappings + spaces_[1].stats().quarantined_mappings, 0U);
+      all_is_usable_again();
+      for (AddressSpace& space : spaces_) space = AddressSpace{};
+      engine_ = Engine{};
+      EXPECT_EQ(kernel_->usage(), ModelUsage{}) << "something was left behind";
+      if (HasFailure()) return;
+      if (!fired) break;
+      ++reached;
+    }
+  }
+  EXPECT_GT(reached, 3U) << "the sweep reached hardly anything";
+}
+
+INSTANTIATE_TEST_SUITE_P(Software, LostAnswers,
+                         ::testing::Values(Sweep{"iommufd", "iommufd", FaultKind::kernel_call, EFAULT},
+                                           Sweep{"type1", "type1", FaultKind::kernel_call, EFAULT},
+                                           Sweep{"type1_v1", "type1-v1", FaultKind::kernel_call, EFAULT},
+                                           Sweep{"compat", "compat", FaultKind::kernel_call, EFAULT}),
+                         [](const auto& test) { return test.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(Software, EngineSweep,
                          ::testing::Values(Sweep{"iommufd_calls", "iommufd", FaultKind::kernel_call, ENOMEM},

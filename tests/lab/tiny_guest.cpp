@@ -10,11 +10,12 @@
 #include <chrono>
 #include <cstring>
 
-// r20 to r23 arguments, r24 number, r25 count. `sc 1` is spelled out: the assembler has no name for it.
+// r20 to r23 arguments, r24 number, r25 count, r26 what the third argument alternates by. `sc 1` is spelled out: the
+// assembler has no name for it.
 extern "C" const char tiny_guest_code[], tiny_guest_code_end[];
 asm(".pushsection .rodata\n.balign 16\n.globl tiny_guest_code\ntiny_guest_code:\n"
     "1: mr 3,24\n mr 4,20\n mr 5,21\n mr 6,22\n mr 7,23\n .long 0x44000022\n mr 30,3\n"
-    " addi 25,25,-1\n cmpdi 25,0\n bgt 1b\n"
+    " xor 22,22,26\n addi 25,25,-1\n cmpdi 25,0\n bgt 1b\n"
     " lis 3,1\n ori 3,3,0x0004\n mr 4,30\n .long 0x44000022\n b 1b\n"
     ".globl tiny_guest_code_end\ntiny_guest_code_end: nop\n.popsection\n");
 
@@ -81,7 +82,7 @@ TinyGuest::~TinyGuest() {
 }
 
 TinyGuest::Outcome TinyGuest::call(std::uint64_t number, const std::array<std::uint64_t, 4>& arguments,
-                                   std::uint64_t times, const Answer& answer) {
+                                   std::uint64_t times, const Answer& answer, std::uint64_t alternate) {
   Outcome outcome;
   auto* const run = static_cast<kvm_run*>(run_);
   kvm_regs registers{};
@@ -90,6 +91,7 @@ TinyGuest::Outcome TinyGuest::call(std::uint64_t number, const std::array<std::u
   for (std::size_t i = 0; i < arguments.size(); ++i) registers.gpr[20 + i] = arguments[i];
   registers.gpr[24] = number;
   registers.gpr[25] = times;
+  registers.gpr[26] = alternate;
   if (::ioctl(vcpu_, KVM_SET_REGS, &registers) != 0) return outcome;
   const auto before = std::chrono::steady_clock::now();
   for (std::uint64_t turns = 0; turns < 10 * times + 1000; ++turns) {

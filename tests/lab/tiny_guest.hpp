@@ -27,9 +27,10 @@ class TinyGuest {
     bool ok = false;
   };
   using Answer = std::function<std::int64_t(std::uint64_t number, const std::array<std::uint64_t, 4>& arguments)>;
-  /// Makes hypercall `number` `times` times; whatever leaves the kernel is answered by `answer`.
+  /// Makes hypercall `number` `times` times; whatever leaves the kernel is answered by `answer`. The third argument
+  /// alternates between itself and itself ^ `alternate`.
   Outcome call(std::uint64_t number, const std::array<std::uint64_t, 4>& arguments, std::uint64_t times,
-               const Answer& answer);
+               const Answer& answer, std::uint64_t alternate = 0);
 
  private:
   int kvm_ = -1;

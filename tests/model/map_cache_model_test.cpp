@@ -19,6 +19,7 @@ constexpr std::uint64_t area_granules = 160;
 struct Params {
   std::uint64_t chunk;
   std::uint64_t bytes_max;
+  std::uint64_t chunk_max = 0;
 };
 
 class MapCacheModel : public testing::TestWithParam<Params> {};
@@ -29,8 +30,11 @@ TEST_P(MapCacheModel, KeepsItsPromises) {
   test::Random random{seed + GetParam().chunk};
   CountingProvider provider{{.traits = {.name = "counting", .border = Bytes{128 * 1024}}}};
   PinBudget budget;
-  auto opened = MapCache::open(
-      provider, budget, {.chunk = Bytes{GetParam().chunk}, .bytes_max = Bytes{GetParam().bytes_max}, .evict_min = 2});
+  auto opened = MapCache::open(provider, budget,
+                               {.chunk = Bytes{GetParam().chunk},
+                                .chunk_max = Bytes{GetParam().chunk_max},
+                                .bytes_max = Bytes{GetParam().bytes_max},
+                                .evict_min = 2});
   ASSERT_TRUE(opened);
   MapCache& cache = **opened;
 
@@ -116,7 +120,8 @@ TEST_P(MapCacheModel, KeepsItsPromises) {
 
 INSTANTIATE_TEST_SUITE_P(Limits, MapCacheModel,
                          testing::Values(Params{4096, 1U << 30}, Params{4096, 40 * 4096}, Params{16384, 64 * 4096},
-                                         Params{65536, 1U << 30}, Params{65536, 96 * 4096}));
+                                         Params{65536, 1U << 30}, Params{65536, 96 * 4096},
+                                         Params{4096, 1U << 30, 65536}, Params{4096, 96 * 4096, 32768}));
 
 }  // namespace
 }  // namespace iovane::pinning

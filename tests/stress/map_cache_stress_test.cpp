@@ -20,8 +20,9 @@ TEST(MapCacheStress, ServedMemoryIsAlwaysPinnedAndNeverOlderThanItsInvalidation)
   constexpr std::uint64_t granules = 96;
   CountingProvider provider;
   PinBudget budget;
-  auto opened =
-      MapCache::open(provider, budget, {.chunk = Bytes{16384}, .bytes_max = Bytes{64 * granule_bytes}, .evict_min = 2});
+  auto opened = MapCache::open(
+      provider, budget,
+      {.chunk = Bytes{16384}, .chunk_max = Bytes{32768}, .bytes_max = Bytes{64 * granule_bytes}, .evict_min = 2});
   ASSERT_TRUE(opened);
   MapCache& cache = **opened;
 

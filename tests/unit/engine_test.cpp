@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <thread>
 #include <vector>
@@ -432,6 +433,51 @@ TEST_F(EngineTest, UnmapAllFallsBackToSingleUnmapsAndQuarantinesTheRest) {
   backend_->fail = [](const backends::BackendOp&) { return Error{}; };
   EXPECT_TRUE(space_.unmap_all());
   EXPECT_EQ(space_.stats().quarantined_mappings, 0U);
+}
+
+TEST_F(EngineTest, ClosingReportsWhatTheKernelWouldNotUnmap) {
+  for (const std::uint64_t at : {16, 18, 20}) map(at, 2);
+  std::uint64_t calls = 0;
+  backend_->fail = [&](const backends::BackendOp& op) {
+    ++calls;
+    const bool culprit = op.range == IovaRange::everything() || op.range.start.value == 18 * page;
+    return culprit ? make_error(Errc::busy, Stage::unmap, EBUSY, "busy") : Error{};
+  };
+  const CloseReport report = space_.close();
+  EXPECT_EQ(report.unmapped, Bytes{4 * page});
+  EXPECT_EQ(report.mappings_given_up, 1U);
+  EXPECT_EQ(report.bytes_given_up, Bytes{2 * page});
+  EXPECT_EQ(report.why.code, Errc::busy);
+  EXPECT_LE(calls, 1U + 2 * 3U);
+  EXPECT_EQ(space_.map(map_at(30)).error.code, Errc::closed);
+  EXPECT_EQ(space_.close().mappings_given_up, 0U);
+}
+
+TEST_F(EngineTest, ClosingUnderTrafficLosesNoCompletion) {
+  std::atomic<bool> started{false};
+  std::uint64_t completed = 0, staged = 0, done_well = 0, closed = 0;
+  std::thread traffic{[&] {
+    std::array<Completion, 64> done;
+    for (std::uint64_t round = 0; closed == 0; ++round) {
+      for (std::uint64_t i = 0; i < 32; ++i)
+        if (queue_.stage(map_at(0x1000 + 32 * round + i))) ++staged;
+      queue_.submit();
+      while (queue_.outstanding() != 0) {
+        const std::size_t got = queue_.wait(done, 1, std::chrono::seconds{20});
+        if (got == 0) return;
+        completed += got;
+        for (std::size_t i = 0; i < got; ++i) (done[i].ok() ? done_well : closed) += 1;
+        started = true;
+      }
+    }
+  }};
+  while (!started) std::this_thread::yield();
+  const CloseReport report = space_.close();
+  traffic.join();
+  EXPECT_EQ(completed, staged);
+  EXPECT_GT(closed, 0U);
+  EXPECT_EQ(report.unmapped, Bytes{done_well * page});
+  EXPECT_EQ(report.mappings_given_up, 0U);
 }
 
 TEST_F(EngineTest, AnywherePlacementIsRefusedWhereTheCallerOwnsTheLayout) {

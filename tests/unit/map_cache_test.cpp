@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <thread>
@@ -73,6 +74,46 @@ TEST_F(MapCacheTest, OverlapPinsOnlyWhatIsMissingInOneCall) {
   }
   EXPECT_EQ(at, granules(10, 1).start);
   expect_books_balance();
+}
+
+TEST_F(MapCacheTest, ASequentialUserPinsMoreEachTime) {
+  open({.chunk = 16_KiB, .chunk_max = 128_KiB});
+  std::vector<std::uint64_t> pins;
+  provider.set_pin_hook([&](const PinRequest& r) { pins.push_back(r.range.length().value / granule_bytes); });
+  const auto walk = [&](std::uint64_t from, std::uint64_t count) {
+    for (std::uint64_t g = from; g < from + count; ++g) ASSERT_TRUE(cache->acquire(granules(g, 1), Access::read)) << g;
+  };
+  walk(0, 100);
+  EXPECT_THAT(pins, testing::ElementsAre(4U, 8U, 16U, 32U, 32U, 32U));  // up to granule 124
+  pins.clear();
+  // Two of them at once, each with its own pace; and one that jumps about.
+  for (std::uint64_t g = 0; g < 24; ++g) {
+    walk(1024 + g, 1);
+    walk(2048 + g, 1);
+    ASSERT_TRUE(cache->acquire(granules(4096 + g * 64, 1), Access::read));
+  }
+  EXPECT_EQ(std::count(pins.begin(), pins.end(), 8U), 2);
+  EXPECT_EQ(std::count(pins.begin(), pins.end(), 16U), 2);
+  EXPECT_EQ(std::count(pins.begin(), pins.end(), 4U), 2 + 24);
+  EXPECT_EQ(provider.counts().double_pins, 0U);
+  expect_books_balance();
+}
+
+TEST_F(MapCacheTest, ASequentialUserAtAHoleGetsItsChunkAndThenWhatItAskedFor) {
+  provider.set_hole(granules(14, 100));
+  open({.chunk = 16_KiB, .chunk_max = 128_KiB});
+  for (std::uint64_t g = 0; g < 14; ++g) ASSERT_TRUE(cache->acquire(granules(g, 1), Access::read)) << g;
+  EXPECT_FALSE(cache->acquire(granules(14, 1), Access::read));
+  EXPECT_EQ(provider.counts().bytes_pinned, 14 * granule_bytes);
+  expect_books_balance();
+}
+
+TEST_F(MapCacheTest, AChunkLimitThatMakesNoSenseIsRefused) {
+  for (const Bytes bad : {8_KiB, Bytes{48 * 1024}, 4_GiB})
+    EXPECT_EQ(MapCache::open(provider, budget, {.chunk = 16_KiB, .chunk_max = bad}).error().code,
+              Errc::invalid_argument);
+  EXPECT_FALSE(MapCache::open(provider, budget, {.chunk = 16_KiB, .chunk_max = 64_KiB, .bytes_max = 256_KiB}));
+  EXPECT_TRUE(MapCache::open(provider, budget, {.chunk = 16_KiB, .chunk_max = 64_KiB, .bytes_max = 512_KiB}));
 }
 
 TEST_F(MapCacheTest, ReleaseKeepsTheMappingUntilTheBudgetNeedsIt) {

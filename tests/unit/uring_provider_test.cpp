@@ -1,6 +1,7 @@
 // Real pins: what the kernel says about them, and bytes that go through them.
 #include "pinning/uring_provider.hpp"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <linux/capability.h>
 #include <sys/mman.h>
@@ -10,14 +11,24 @@
 #include <unistd.h>
 
 #include <array>
+#include <cerrno>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "pinning/map_cache.hpp"
 #include "pinning/memlock.hpp"
 #include "pinning/staleness_monitor.hpp"
+#include "support/seed.hpp"
+#include "support/syscall_counter.hpp"
+
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21U << 26)  // linux/memfd.h
+#endif
 
 namespace iovane::pinning {
 namespace {
@@ -203,6 +214,147 @@ TEST_F(UringTest, NeverServesAnOldPageUnderTheMonitor) {
     ASSERT_EQ(device_sees(at), fresh) << "round " << round;
   }
   munmap(p, 32 * os_page);
+}
+
+// Real pins, a real monitor, and the kernel's own entry as the witness.
+TEST_F(UringTest, AHitMakesNoSystemCallAtAll) {
+  const auto canary = test::SyscallCounter::of([] {
+    syscall(SYS_getppid);
+    syscall(SYS_getppid);
+  });
+  if (!canary) GTEST_SKIP() << "needs Syscall User Dispatch: Linux 5.11 on x86-64, and no ThreadSanitizer";
+  ASSERT_EQ(canary->calls, 2U);
+  ASSERT_EQ(canary->last, SYS_getppid);
+
+  auto monitor = StalenessMonitor::open();
+  auto cache = MapCache::open(*provider, budget, {.chunk = Bytes{65536}}, monitor ? monitor->get() : nullptr);
+  ASSERT_TRUE(cache);
+  constexpr std::size_t pages = 64;
+  std::byte* room = map_pages(pages + 16);
+  std::byte* p = room + (-reinterpret_cast<std::uintptr_t>(room) & 65535U);  // whole chunks
+  bool all = true;
+  const auto use_everything = [&] {
+    for (std::size_t i = 0; i < pages; ++i) {
+      const auto lease = (*cache)->acquire(*MemoryRange::of(p + i * os_page + 100, Bytes{3000}), Access::read_write);
+      all = all && bool{lease};
+      const Hold hold = lease ? lease->hold() : Hold{};
+      all = all && bool{hold};
+    }
+  };
+  const auto cold = test::SyscallCounter::of(use_everything);
+  EXPECT_GE(cold->calls, pages * os_page / 65536) << "each chunk is pinned once";
+  const auto warm = test::SyscallCounter::of([&] {
+    for (int round = 0; round < 100; ++round) use_everything();
+  });
+  EXPECT_TRUE(all);
+  EXPECT_EQ(warm->calls, 0U) << "the last one was system call " << warm->last;
+  EXPECT_EQ((*cache)->stats().pins, pages * os_page / 65536);
+  munmap(room, (pages + 16) * os_page);
+}
+
+// The frame behind an address, 0 when it is not there or not to be seen.
+std::uint64_t frame_of(int pagemap, const std::byte* at) {
+  std::uint64_t entry = 0;
+  const auto offset = static_cast<off_t>(reinterpret_cast<std::uintptr_t>(at) / os_page * sizeof entry);
+  if (pread(pagemap, &entry, sizeof entry, offset) != sizeof entry || (entry >> 63) == 0) return 0;
+  return entry & ((std::uint64_t{1} << 55) - 1);
+}
+
+// pagemap as the judge: whenever the cache hits, the frame behind the address is the one that was pinned.
+TEST_F(UringTest, PagemapAgreesWithEveryHit) {
+  auto monitor = StalenessMonitor::open();
+  if (!monitor) GTEST_SKIP() << monitor.error().message();
+  const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (pagemap < 0) GTEST_SKIP() << "/proc/self/pagemap: " << std::strerror(errno);
+  const std::uint64_t before = pinned_now();
+  constexpr std::size_t pages = 16;
+  std::byte* p = map_pages(pages);
+  std::memset(p, 1, pages * os_page);
+  if (frame_of(pagemap, p) == 0) GTEST_SKIP() << "frames are hidden without CAP_SYS_ADMIN";
+  const std::uint64_t seed = test::seed();
+  SCOPED_TRACE("IOVANE_SEED=" + std::to_string(seed));
+  test::Random random{seed};
+  int hits = 0;
+  int changed = 0;
+  {
+    auto cache = MapCache::open(*provider, budget, {.chunk = Bytes{os_page}}, monitor->get());
+    ASSERT_TRUE(cache);
+    std::array<std::uint64_t, pages> pinned_frame{};
+    for (int step = 0; step < 400; ++step) {
+      const std::size_t i = random.below(pages);
+      std::byte* at = p + i * os_page;
+      switch (random.below(8)) {
+        case 0: ASSERT_EQ(syscall(SYS_madvise, at, os_page, MADV_DONTNEED), 0); break;
+        case 1:
+          ASSERT_EQ(mmap(at, os_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0), at);
+          break;
+        case 2: {
+          const long child = syscall(SYS_fork);
+          if (child == 0) {
+            usleep(500);
+            syscall(SYS_exit_group, 0);
+          }
+          for (std::size_t k = 0; k < pages; ++k) p[k * os_page] = std::byte{2};  // some of them copy
+          waitpid(static_cast<pid_t>(child), nullptr, 0);
+          break;
+        }
+        case 3: {
+          void* other = mmap(nullptr, os_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+          *static_cast<std::byte*>(other) = std::byte{3};
+          ASSERT_EQ(mremap(other, os_page, os_page, MREMAP_MAYMOVE | MREMAP_FIXED, at), at);
+          break;
+        }
+        default: *at = std::byte{4};
+      }
+      const MemoryRange range = *MemoryRange::of(at, Bytes{os_page});
+      const bool hit = bool{(*cache)->try_acquire(range, Access::read_write)};
+      if (hit) {
+        ++hits;
+        ASSERT_EQ(frame_of(pagemap, at), pinned_frame[i]) << "a stale hit in step " << step;
+      } else {
+        ASSERT_TRUE((*cache)->acquire(range, Access::read_write)) << step;
+        const std::uint64_t frame = frame_of(pagemap, at);
+        ASSERT_NE(frame, 0U) << "pinned memory is present";
+        changed += frame != pinned_frame[i] ? 1 : 0;
+        pinned_frame[i] = frame;
+      }
+    }
+  }
+  EXPECT_GT(hits, 50);
+  EXPECT_GT(changed, 50);
+  EXPECT_EQ(pinned_now(), before);
+  close(pagemap);
+  munmap(p, pages * os_page);
+}
+
+// hugetlbfs by descriptor: a huge page is charged whole, so one lease charges one.
+TEST_F(UringTest, HugePagesArePinnedByDescriptor) {
+  constexpr std::size_t huge = 2U << 20;
+  if (std::getenv("IOVANE_LAB") != nullptr) std::ofstream{"/proc/sys/vm/nr_hugepages"} << 4;  // a kernel of our own
+  const int fd = memfd_create("iovane-test", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
+  if (fd < 0) GTEST_SKIP() << "no huge pages of 2 MiB: " << std::strerror(errno);
+  ASSERT_EQ(ftruncate(fd, huge), 0);
+  void* view = mmap(nullptr, huge, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (view == MAP_FAILED) {
+    close(fd);
+    GTEST_SKIP() << "no huge page of 2 MiB is free (vm.nr_hugepages)";
+  }
+  auto* bytes = static_cast<std::byte*>(view);
+  bytes[huge - 1] = std::byte{0x77};
+  const std::uint64_t before = pinned_now();
+  {
+    auto cache = MapCache::open(*provider, budget, {.chunk = Bytes{huge}});
+    ASSERT_TRUE(cache);
+    const auto window = (*cache)->add_file(fd, Bytes{huge});
+    ASSERT_TRUE(window) << window.error().message();
+    const auto lease = (*cache)->acquire({window->start + huge - 1, window->start + huge - 1}, Access::read_write);
+    ASSERT_TRUE(lease) << lease.error().message();
+    EXPECT_EQ(device_reads(*provider, lease->region(), lease->address(), 1)[0], std::byte{0x77});
+    EXPECT_EQ(pinned_now() - before, huge);
+  }
+  EXPECT_EQ(pinned_now(), before);
+  munmap(view, huge);
+  close(fd);
 }
 
 // In a child without CAP_IPC_LOCK: the kernel enforces the limit there.

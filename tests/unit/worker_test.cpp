@@ -14,6 +14,7 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -113,6 +114,40 @@ TEST(Worker, HasANameAndBlocksEverySignal) {
   EXPECT_FALSE(sigismember(&ours, SIGUSR1)) << "the caller's mask is as before";
 }
 
+/// Ends the thread that it runs on as a seccomp filter would: without a word.
+class Death final : public WorkerTask {
+ public:
+  std::uint64_t run_on_worker() noexcept override {
+    ::syscall(SYS_exit, 0);
+    return never;
+  }
+};
+
+TEST(Worker, WhoeverWaitsStandsInForOneThatDied) {
+  auto worker = *Worker::start({}, nullptr, 0, 0);
+  Death death;
+  worker->post(death);
+  Tick tick;  // perhaps taken together with what kills the worker, perhaps not
+  worker->post(tick);
+  worker->forget(tick);
+  EXPECT_EQ(tick.runs, 1);
+  EXPECT_EQ(tick.ran_on.load(std::memory_order_relaxed), std::this_thread::get_id());
+  EXPECT_TRUE(worker->is_dead());
+  worker->post(tick);
+  worker->forget(tick);
+  EXPECT_EQ(tick.runs, 2);
+}
+
+TEST(Worker, AnOnStartThatThrowsIsAWorkerThatNeverWas) {
+  WorkerConfig config;
+  config.on_start = [](unsigned) { throw std::runtime_error{"not here"}; };
+  auto worker = *Worker::start(config, nullptr, 0, 0);
+  Tick tick;
+  worker->post(tick);
+  worker->forget(tick);
+  EXPECT_EQ(tick.runs, 1);
+}
+
 // --- In an address space
 
 class SpaceWithWorker : public ::testing::Test {
@@ -151,6 +186,36 @@ TEST_F(SpaceWithWorker, AQueueThatNeverBlocksLeavesItsBatchToTheWorker) {
     for (const Completion& completion : done) ASSERT_TRUE(completion.ok()) << completion.error.message();
     ASSERT_NE(ran_on, std::this_thread::get_id());
   }
+}
+
+TEST_F(SpaceWithWorker, ADyingWorkerLosesNoCompletion) {
+  WorkerConfig workers;
+  workers.on_start = [](unsigned) { ::syscall(SYS_exit, 0); };
+  open(workers);
+  Queue queue = *space_.open_queue({.submit = SubmitMode::never_block});
+  std::array<Completion, 4> done;
+  for (std::uint64_t i = 0; i < 4; ++i) ASSERT_TRUE(queue.stage(map_at(16 + i)));
+  queue.submit();
+  ASSERT_EQ(queue.wait(done, 4, 20s), 4U);
+  for (const Completion& completion : done) ASSERT_TRUE(completion.ok()) << completion.error.message();
+  // It is known to be dead now, and what comes later is not left to it.
+  ASSERT_TRUE(queue.stage(UnmapRequest::of(IovaRange::everything())));
+  queue.submit();
+  ASSERT_EQ(queue.poll(done), 1U);
+  EXPECT_TRUE(done[0].ok()) << done[0].error.message();
+}
+
+TEST_F(SpaceWithWorker, ADyingWorkerIsNoticedByOneWhoOnlyPolls) {
+  WorkerConfig workers;
+  workers.on_start = [](unsigned) { ::syscall(SYS_exit, 0); };
+  open(workers);
+  Queue queue = *space_.open_queue({.submit = SubmitMode::never_block});
+  ASSERT_TRUE(queue.stage(map_at(16)));
+  queue.submit();
+  std::array<Completion, 1> done;
+  const auto begun = std::chrono::steady_clock::now();
+  while (queue.poll(done) == 0) ASSERT_LT(std::chrono::steady_clock::now() - begun, 20s);
+  EXPECT_TRUE(done[0].ok()) << done[0].error.message();
 }
 
 TEST_F(SpaceWithWorker, LargePopulationsAreHandedOverAndSmallBatchesAreNot) {

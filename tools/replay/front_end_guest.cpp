@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "base/error_text.hpp"
@@ -40,33 +42,35 @@ class VirtioIommuGuest final : public FrontEndGuest {
   Result<void> attach(viommu::ShadowTarget& target) override {
     if (auto added = unit_.add_endpoint(endpoint, &target, {}); !added) return added;
     Buffer& buffer = buffers_[0];
-    buffer.put(0, 4, static_cast<std::uint64_t>(viommu::virtio::RequestType::attach));
-    buffer.put(4, 4, domain);
-    buffer.put(8, 4, endpoint);
-    buffer.put(12, 8, 0);
-    return send({&buffer, 1}, viommu::virtio::attach_bytes) ? Result<void>{} : refused(buffer);
+    buffer.put_head(viommu::virtio::RequestType::attach);
+    buffer.put(8, std::uint64_t{endpoint});
+    buffer.put(16, std::uint32_t{0});
+    buffer.bytes = viommu::virtio::attach_bytes;
+    hand_over(1);
+    send(1);
+    return buffer.ok() ? Result<void>{} : refused(buffer);
   }
   Result<void> detach(viommu::ShadowTarget&) override {
     attached_ = false;
     return unit_.remove_endpoint(endpoint);
   }
 
-  void run(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
+  void write(std::span<const Operation> batch) noexcept override {
     for (std::size_t i = 0; i < batch.size(); ++i) {
       const Operation& op = batch[i];
       Buffer& buffer = buffers_[i];
       const bool map = op.kind == trace::EventKind::map;
-      buffer.put(
-          0, 4,
-          static_cast<std::uint64_t>(map ? viommu::virtio::RequestType::map : viommu::virtio::RequestType::unmap));
-      buffer.put(4, 4, domain);
-      buffer.put(8, 8, op.range.start.value);
-      buffer.put(16, 8, op.range.last.value);
-      buffer.put(24, 8, map ? guest_ram_start + op.memory : 0);
-      buffer.put(32, 4, viommu::virtio::map_read | viommu::virtio::map_write);
+      buffer.put_head(map ? viommu::virtio::RequestType::map : viommu::virtio::RequestType::unmap);
+      buffer.put(8, op.range.start.value);
+      buffer.put(16, op.range.last.value);
+      buffer.put(24, map ? guest_ram_start + op.memory : 0);
+      buffer.put(32, viommu::virtio::map_read | viommu::virtio::map_write);
       buffer.bytes = map ? viommu::virtio::map_bytes : viommu::virtio::unmap_bytes;
     }
-    send(std::span{buffers_}.first(batch.size()), 0);
+    hand_over(batch.size());
+  }
+  void notify(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
+    send(batch.size());
     for (std::size_t i = 0; i < batch.size(); ++i) errors[i] = buffers_[i].ok() ? Error{} : refused(buffers_[i]);
   }
 
@@ -76,11 +80,19 @@ class VirtioIommuGuest final : public FrontEndGuest {
   static constexpr std::size_t at_once = 64;
 
   struct Buffer {
-    std::array<std::byte, viommu::virtio::map_bytes> in{};
+    alignas(8) std::array<std::byte, viommu::virtio::map_bytes> in{};
     std::array<std::byte, viommu::virtio::tail_bytes> out{};
     std::size_t bytes = 0;
-    void put(std::size_t at, std::size_t n, std::uint64_t value) noexcept {
-      for (std::size_t i = 0; i < n; ++i) in[at + i] = static_cast<std::byte>(value >> (8 * i));
+    // As a driver does it: one store for each field, little endian.
+    template <typename Word>
+    void put(std::size_t at, Word value) noexcept {
+      if constexpr (std::endian::native == std::endian::big)
+        value = sizeof value == 8 ? static_cast<Word>(__builtin_bswap64(value))
+                                  : static_cast<Word>(__builtin_bswap32(static_cast<std::uint32_t>(value)));
+      std::memcpy(in.data() + at, &value, sizeof value);
+    }
+    void put_head(viommu::virtio::RequestType type) noexcept {
+      put(0, static_cast<std::uint64_t>(type) | std::uint64_t{domain} << 32);
     }
     bool ok() const noexcept { return out[0] == std::byte{0}; }
   };
@@ -95,31 +107,35 @@ class VirtioIommuGuest final : public FrontEndGuest {
     return base::fail(Errc::io_error, Stage::map, 0, "virtio-iommu answered with status {}",
                       static_cast<unsigned>(buffer.out[0]));
   }
-  bool send(std::span<Buffer> buffers, std::size_t bytes) noexcept {
-    std::array<viommu::VirtioIommu::Request, at_once> requests;
-    std::array<viommu::VirtioIommu::Answer, at_once> answers;
-    for (std::size_t i = 0; i < buffers.size(); ++i) {
-      buffers[i].out[0] = std::byte{0xff};
-      requests[i] = {std::span{buffers[i].in}.first(bytes != 0 ? bytes : buffers[i].bytes), buffers[i].out, i};
+  // Puts the buffers into the queue, as their descriptors would.
+  void hand_over(std::size_t count) noexcept {
+    for (std::size_t i = 0; i < count; ++i) {
+      buffers_[i].out[0] = std::byte{0xff};
+      requests_[i] = {std::span{buffers_[i].in}.first(buffers_[i].bytes), buffers_[i].out, i};
     }
-    static_cast<void>(unit_.handle(std::span{requests}.first(buffers.size())));
+  }
+  void send(std::size_t count) noexcept {
+    static_cast<void>(unit_.handle(std::span{requests_}.first(count)));
     unit_.finish();
-    static_cast<void>(unit_.take_answers(answers));
-    return std::all_of(buffers.begin(), buffers.end(), [](const Buffer& b) { return b.ok(); });
+    static_cast<void>(unit_.take_answers(answers_));
   }
 
   viommu::VirtioIommu unit_;
   std::array<Buffer, at_once> buffers_{};
+  std::array<viommu::VirtioIommu::Request, at_once> requests_{};
+  std::array<viommu::VirtioIommu::Answer, at_once> answers_{};
   bool attached_ = false;
 };
 
-// VT-d: page table entries, then an invalidation of the smallest block that holds them and a wait, as Linux does it.
+// VT-d: for each event page table entries, an invalidation of the smallest block that holds them, and a wait, as Linux
+// does it. All of a batch are in the queue when the unit looks, as those of a guest with many processors are; or
+// (`each`) the unit looks after every one, as for a guest with one.
 class VtdGuest final : public FrontEndGuest {
  public:
-  VtdGuest(const viommu::GuestMemory& memory, const GuestTables& tables)
-      : tables_{tables}, unit_{memory, config(), events_} {}
+  VtdGuest(const viommu::GuestMemory& memory, const GuestTables& tables, bool each)
+      : tables_{tables}, each_{each}, unit_{memory, config(), events_} {}
 
-  bool batches() const noexcept override { return false; }
+  bool batches() const noexcept override { return !each_; }
 
   Result<void> attach(viommu::ShadowTarget& target) override {
     tables_.store(root, context | 1);
@@ -133,14 +149,16 @@ class VtdGuest final : public FrontEndGuest {
   }
   Result<void> detach(viommu::ShadowTarget&) override { return unit_.remove_endpoint(source, std::nullopt); }
 
-  void run(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
-    events_.error = {};
+  void write(std::span<const Operation> batch) noexcept override {
     for (const Operation& op : batch) {
       const bool map = op.kind == trace::EventKind::map;
       write_entries(op.range, map ? guest_ram_start + op.memory : 0, map ? 3 : 0);
       invalidate(op.range);
+      enqueue(wait_with_status | ++waited_ << 32, status);
     }
-    enqueue(wait_with_status | ++waited_ << 32, status);
+  }
+  void notify(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
+    events_.error = {};
     if (unit_.write_tail(tail_ * 16) != viommu::Progress::done) unit_.finish();
     Error error = events_.error;
     if (error.ok() && static_cast<std::uint32_t>(tables_.load(status)) != static_cast<std::uint32_t>(waited_))
@@ -211,6 +229,7 @@ class VtdGuest final : public FrontEndGuest {
   }
 
   const GuestTables& tables_;
+  bool each_;
   Events events_;
   viommu::Vtd unit_;
   std::uint64_t next_table_ = first_table;
@@ -234,7 +253,12 @@ class PaprGuest final : public FrontEndGuest {
   }
   Result<void> detach(viommu::ShadowTarget& target) override { return unit_.remove_device(0, &target); }
 
-  void run(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
+  // The list of the first hypercall of a batch, which is one operation.
+  void write(std::span<const Operation> batch) noexcept override {
+    listed_ = !batch.empty() && batch[0].kind == trace::EventKind::map;
+    if (listed_) write_list(guest_ram_start + batch[0].memory, (batch[0].range.span() >> 12) + 1);
+  }
+  void notify(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
     for (std::size_t i = 0; i < batch.size(); ++i) {
       const Operation& op = batch[i];
       const std::uint64_t pages = (op.range.span() >> 12) + 1;
@@ -253,11 +277,15 @@ class PaprGuest final : public FrontEndGuest {
   static constexpr std::uint64_t window_bytes = std::uint64_t{1} << 32;
   static constexpr std::uint64_t list = 0x1'0000;
 
+  void write_list(std::uint64_t gpa, std::uint64_t pages) const noexcept {
+    for (std::uint64_t i = 0; i < std::min(pages, viommu::hcall::indirect_entries_max); ++i)
+      tables_.store(list + i * 8, __builtin_bswap64((gpa + i * page) | 3));
+  }
   Error put(std::uint64_t at, std::uint64_t gpa, std::uint64_t pages) noexcept {
     if (pages == 1) return call(viommu::hcall::put_tce, {liobn, at, gpa | 3, 0});
     while (pages != 0) {
       const std::uint64_t now = std::min(pages, viommu::hcall::indirect_entries_max);
-      for (std::uint64_t i = 0; i < now; ++i) tables_.store(list + i * 8, __builtin_bswap64((gpa + i * page) | 3));
+      if (!std::exchange(listed_, false)) write_list(gpa, now);
       if (const Error error = call(viommu::hcall::put_tce_indirect, {liobn, at, list, now}); !error.ok()) return error;
       at += now * page, gpa += now * page, pages -= now;
     }
@@ -270,6 +298,7 @@ class PaprGuest final : public FrontEndGuest {
   }
 
   const GuestTables& tables_;
+  bool listed_ = false;  // the next list is written already
   viommu::PaprTce unit_;
 };
 
@@ -278,8 +307,8 @@ class PaprGuest final : public FrontEndGuest {
 std::unique_ptr<FrontEndGuest> make_virtio_iommu_guest(const viommu::GuestMemory& memory, std::size_t batch_max) {
   return std::make_unique<VirtioIommuGuest>(memory, batch_max);
 }
-std::unique_ptr<FrontEndGuest> make_vtd_guest(const viommu::GuestMemory& memory, const GuestTables& tables) {
-  return std::make_unique<VtdGuest>(memory, tables);
+std::unique_ptr<FrontEndGuest> make_vtd_guest(const viommu::GuestMemory& memory, const GuestTables& tables, bool each) {
+  return std::make_unique<VtdGuest>(memory, tables, each);
 }
 std::unique_ptr<FrontEndGuest> make_papr_guest(const viommu::GuestMemory& memory, const GuestTables& tables) {
   return std::make_unique<PaprGuest>(memory, tables);

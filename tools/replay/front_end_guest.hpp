@@ -55,12 +55,14 @@ class FrontEndGuest {
   virtual Result<void> attach(viommu::ShadowTarget& target) = 0;
   /// Takes it out.
   virtual Result<void> detach(viommu::ShadowTarget& target) = 0;
-  /// Writes the operations, notifies once, and waits for the answers; `errors` has one per operation.
-  virtual void run(std::span<const Operation> batch, std::span<Error> errors) noexcept = 0;
+  /// Writes at most 64 operations into guest memory, as a driver does before it notifies.
+  virtual void write(std::span<const Operation> batch) noexcept = 0;
+  /// Notifies once of what was written, and waits for the answers; `errors` has one per operation.
+  virtual void notify(std::span<const Operation> batch, std::span<Error> errors) noexcept = 0;
 };
 
 std::unique_ptr<FrontEndGuest> make_virtio_iommu_guest(const viommu::GuestMemory& memory, std::size_t batch_max);
-std::unique_ptr<FrontEndGuest> make_vtd_guest(const viommu::GuestMemory& memory, const GuestTables& tables);
+std::unique_ptr<FrontEndGuest> make_vtd_guest(const viommu::GuestMemory& memory, const GuestTables& tables, bool each);
 std::unique_ptr<FrontEndGuest> make_papr_guest(const viommu::GuestMemory& memory, const GuestTables& tables);
 
 }  // namespace iovane::replay

@@ -1,5 +1,6 @@
 #include "replay/front_end_target.hpp"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 #include <vector>
@@ -20,14 +21,14 @@ Result<std::unique_ptr<FrontEndTarget>> FrontEndTarget::open(std::string_view na
   if (auto opened = target->open_host(host, memory); !opened) return opened.error();
   if (name == "virtio-iommu") {
     target->guest_ = make_virtio_iommu_guest(target->memory_, batch_max);
-  } else if (name == "vtd") {
-    target->guest_ = make_vtd_guest(target->memory_, *target->tables_);
+  } else if (name == "vtd" || name == "vtd-each") {
+    target->guest_ = make_vtd_guest(target->memory_, *target->tables_, name == "vtd-each");
   } else if (name == "papr") {
     target->guest_ = make_papr_guest(target->memory_, *target->tables_);
   } else {
     return base::fail(Errc::invalid_argument, Stage::open, 0,
                       "there is no front end '{}'; there are: virtio-iommu, "
-                      "vtd, papr",
+                      "vtd, vtd-each, papr",
                       name);
   }
   if (auto attached = target->guest_->attach(*target->target_); !attached) return attached.error();
@@ -68,11 +69,17 @@ Result<void> FrontEndTarget::open_host(Host& host, const GuestMemory& memory) {
   return {};
 }
 
+void FrontEndTarget::prepare(std::span<const Operation> batch) noexcept {
+  guest_->write(batch.first(std::min(errors_at_once, batch.size())));
+  prepared_ = true;
+}
+
 void FrontEndTarget::run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept {
   std::array<Error, errors_at_once> errors;
   for (std::size_t first = 0; first < batch.size(); first += errors.size()) {
     const auto part = batch.subspan(first, std::min(errors.size(), batch.size() - first));
-    guest_->run(part, std::span{errors}.first(part.size()));
+    if (!std::exchange(prepared_, false)) guest_->write(part);
+    guest_->notify(part, std::span{errors}.first(part.size()));
     // No protocol says how much an unmap removed: what it asked for. The index is compared after every batch.
     for (std::size_t i = 0; i < part.size(); ++i) verdicts[first + i] = {errors[i], part[i].range.length()};
   }

@@ -30,9 +30,10 @@ Result<std::unique_ptr<backends::model::ModelKernel>> make_model(bool nests) {
 
 }  // namespace
 
-Result<std::unique_ptr<Host>> Host::open(const std::string& backend, const std::string& device) {
+Result<std::unique_ptr<Host>> Host::open(const std::string& backend, const std::string& device,
+                                         backends::ProbeOptions::Measure measure) {
   std::unique_ptr<Host> host{new Host};
-  if (const auto chosen = host->choose(backend); !chosen) return chosen.error();
+  if (const auto chosen = host->choose(backend, measure); !chosen) return chosen.error();
   host->counted_ = std::make_unique<backends::CountingKernel>(*host->kernel_);
   host->kernel_name_ = host->kernel_->description();
   host->pinned_before_ = accounted(host->kernel_->memlock());
@@ -42,7 +43,7 @@ Result<std::unique_ptr<Host>> Host::open(const std::string& backend, const std::
   return host;
 }
 
-Result<void> Host::choose(const std::string& backend) {
+Result<void> Host::choose(const std::string& backend, backends::ProbeOptions::Measure measure) {
   const bool model = backend == "model" || backend.starts_with("model:");
   interface_ = backend == "model" ? "iommufd" : model ? backend.substr(sizeof "model:" - 1) : backend;
   if (interface_ != "auto" || model) {
@@ -53,9 +54,15 @@ Result<void> Host::choose(const std::string& backend) {
   }
   if (!model) kernel_ = std::make_unique<backends::SystemKernel>();
   backend_ = backend;
-  if (backend == "auto") {
-    const auto report = backends::probe_host(*kernel_, {.attach_devices = false, .ask_nesting = true});
+  if (backend == "auto" || backend == "iommufd") {
+    backends::ProbeOptions options;
+    options.attach_devices = false;
+    options.ask_nesting = backend == "auto";
+    options.measure = measure;
+    const auto report = backends::probe_host(*kernel_, options);
     if (!report) return report.error();
+    if (report->measurement) copy_from_ = report->measurement->copy_from();
+    if (backend != "auto") return {};
     reason_ = report->why;
     if (report->choice) {
       backend_ = interface_ = backends::to_string(*report->choice);

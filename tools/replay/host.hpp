@@ -8,6 +8,7 @@
 #include "backends/backend.hpp"
 #include "backends/kernel_decorators.hpp"
 #include "backends/model/model_kernel.hpp"
+#include "backends/probe.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
 
@@ -16,13 +17,17 @@ namespace iovane::replay {
 class Host {
  public:
   /// `backend`: as in EngineConfig::backend. `device`: a PCI address, or empty for the first one that can be attached.
+  /// `measure`: whether a measurement may tell what `auto` picks, and which maps iommufd shares pins for.
   /// Errors (invalid_argument, no_device, permission, ...) say what this host lacks and what would help.
-  static Result<std::unique_ptr<Host>> open(const std::string& backend, const std::string& device);
+  static Result<std::unique_ptr<Host>> open(const std::string& backend, const std::string& device,
+                                            backends::ProbeOptions::Measure measure = {});
 
   /// The name of what is used, never "auto"; why that one; and what it stands on ("Linux 6.12.1", "model").
   const std::string& backend() const noexcept { return backend_; }
   const std::string& reason() const noexcept { return reason_; }
   const std::string& kernel_name() const noexcept { return kernel_name_; }
+  /// As measured: the shortest map of registered memory that is cheaper as a copy. 0: all, or not measured.
+  Bytes copy_from() const noexcept { return copy_from_; }
   /// PCI address of the device to attach.
   const std::string& device() const noexcept { return device_; }
 
@@ -44,7 +49,7 @@ class Host {
 
  private:
   Host() = default;
-  Result<void> choose(const std::string& backend);
+  Result<void> choose(const std::string& backend, backends::ProbeOptions::Measure measure);
   Result<void> choose_device(const std::string& wanted);
 
   std::unique_ptr<backends::Kernel> kernel_;
@@ -55,6 +60,7 @@ class Host {
   std::string reason_;
   std::string kernel_name_;
   std::string device_;
+  Bytes copy_from_{};
   Bytes pinned_before_{};  // of this process, by others than us
 };
 

@@ -27,6 +27,9 @@ class ReplayTarget {
 
   /// Whether it takes batches; the others are given one operation at a time, as they would see them online.
   virtual bool batches() const noexcept = 0;
+  /// What the target's caller has done before it calls: a guest has written its requests. Not timed; run() follows,
+  /// with the same batch.
+  virtual void prepare(std::span<const Operation> batch) noexcept { static_cast<void>(batch); }
   /// Runs a batch whose operations touch disjoint ranges; returns when all of it is final. Only this is timed.
   virtual void run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept = 0;
   /// Makes real what was answered but deferred, if the target defers. Timed: at the end, and, so that it can be

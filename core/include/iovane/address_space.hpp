@@ -58,6 +58,14 @@ struct DeviceInfo {
 
 class AddressSpace;
 
+/// What the end of an address space left behind.
+struct CloseReport {
+  Bytes unmapped{};                     ///< by the closing; what was stale already is not counted
+  std::uint64_t mappings_given_up = 0;  ///< the kernel refused to unmap them; they went, or stay, with its own object
+  Bytes bytes_given_up{};
+  Error why{};  ///< of the first of them
+};
+
 /// Registered memory, unregistered by the destructor; mappings of it that still live keep it registered until they are
 /// gone. Move-only.
 class Memory {
@@ -123,6 +131,11 @@ class AddressSpace {
   AddressSpace(AddressSpace&&) noexcept;
   AddressSpace& operator=(AddressSpace&&) noexcept;
   ~AddressSpace();
+
+  /// What the destructor does, with a report. Waits for the batch that runs; batches that queues submitted before it
+  /// are executed, later ones complete with Errc::closed, and none loses a completion. Bounded: one kernel call, or,
+  /// where that fails, at most two for every mapping that lives. Closing again reports nothing.
+  CloseReport close() noexcept;
 
   const AddressSpaceFacts& facts() const noexcept;
 

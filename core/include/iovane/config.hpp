@@ -26,7 +26,8 @@ struct WorkerConfig {
   /// some 70 microseconds.
   std::chrono::nanoseconds spin{0};
   /// Called first thing on each worker's thread, with its number: the place for a host's own seccomp filter or control
-  /// group. The calls that a worker makes are in docs/ARCHITECTURE.md.
+  /// group. The calls that a worker makes are in docs/ENGINE.md. If it throws, the worker does nothing, and whoever
+  /// waits for it does its work.
   std::function<void(unsigned)> on_start{};
 };
 
@@ -51,7 +52,9 @@ struct EngineConfig {
   /// variable IOVANE_BACKEND stands in for "auto".
   std::string backend = "auto";
   /// "auto" may open an idle device on each interface, once per boot, and time some maps and unmaps (40 ms of them, and
-  /// whatever the device's reset takes); see docs/LIVE.md. IOVANE_MEASURE=never, cached, when-new or always overrides.
+  /// whatever the device's reset takes); see docs/LIVE.md. "iommufd" uses a measurement that is on file to choose
+  /// between sharing and repeating pins; only `always` makes one for it. IOVANE_MEASURE=never, cached, when-new or
+  /// always overrides.
   AutoMeasure measure = AutoMeasure::when_new;
   /// Where the measurement is kept; empty: IOVANE_MEASUREMENT_FILE, or $XDG_CACHE_HOME/iovane/interfaces,
   /// $HOME/.cache/iovane/interfaces, /run/iovane/interfaces.
@@ -145,6 +148,10 @@ struct CacheConfig {
   /// Misses are rounded to multiples of this where the memory allows, so that neighbours hit next time: a power of two
   /// from the granule to 1 GiB. Rounding pins, and lets devices reach, neighbouring memory of the process too.
   Bytes chunk{64 * 1024};
+  /// A miss that goes on where an earlier one's memory ended takes twice as much as that one did, up to this, for users
+  /// that walk through much memory in small buffers: a power of two from the chunk to 1 GiB and at most an eighth of
+  /// bytes_max. 0: always a chunk.
+  Bytes chunk_max{0};
   Bytes bytes_max{~std::uint64_t{0}};    ///< kept pinned by this cache, beside PinLimits
   std::uint32_t regions_max = 1U << 20;  ///< mappings kept
   std::uint32_t evict_min = 8;           ///< an eviction takes at least so many at once, up to 64
