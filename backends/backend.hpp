@@ -141,6 +141,9 @@ struct SpaceOptions {
   /// OpKind::copy of less maps the memory afresh, where a measurement found that cheaper; it is then pinned (and
   /// counted against memlock) a second time for as long as it is mapped. 0: always copy.
   Bytes copy_from{};
+  /// Stage-1 mode: how many bits of IOVA the tables translate (39 or 48; 57 where the hardware can); fewer levels make
+  /// walks shorter. 0: 48.
+  unsigned address_bits = 0;
 };
 
 /// How much the kernel still accepts. Numbers are what the host reports now, not a promise.
@@ -165,7 +168,7 @@ class BackendSpace {
   /// usable ranges; maps overlap nothing live; unmaps cut nothing. Where one is broken the kernel still refuses: an
   /// overlap is iova_busy, a reserved IOVA iova_reserved, a cut would_bisect (iommufd may have removed whole mappings
   /// before the cut by then). An unmap of nothing succeeds with 0 bytes. A map is all or nothing.
-  /// Blocks as long as the kernel does. Does not allocate.
+  /// Blocks as long as the kernel does. Does not allocate, except stage-1 mode for memory that is not registered.
   virtual void execute(std::span<const BackendOp> ops, std::span<BackendOpResult> results) noexcept = 0;
   /// Removes everything; the result is the number of bytes removed. Succeeds on an empty space.
   virtual Result<Bytes> unmap_all() noexcept = 0;
@@ -186,6 +189,8 @@ class BackendSpace {
   /// has no such call (the engine then checks by itself).
   virtual Result<void> promise(std::span<const IovaRange> ranges) = 0;
   virtual Headroom headroom() noexcept = 0;
+  /// Memory that the space itself has pinned for I/O page tables; counts against memlock.
+  virtual Bytes table_memory() const noexcept { return {}; }
 
   /// Records device writes from now on, in an address space made with SpaceOptions::dirty_tracking; marks of an earlier
   /// time are forgotten. Until stop_dirty_tracking() unmaps hand what they take away to `harvest`, which outlives that;

@@ -5,6 +5,7 @@
 #include "backends/iommufd/iommufd_backend.hpp"
 #include "backends/probe.hpp"
 #include "backends/spapr_tce/spapr_backend.hpp"
+#include "backends/stage1/stage1_backend.hpp"
 #include "backends/type1/type1_backend.hpp"
 #include "base/error_text.hpp"
 
@@ -13,17 +14,18 @@ namespace {
 
 constexpr std::array kernel_interfaces{Interface::iommufd,   Interface::type1_v2,  Interface::type1_v1,
                                        Interface::compat_v2, Interface::compat_v1, Interface::spapr_v2,
-                                       Interface::spapr_v1};
+                                       Interface::spapr_v1,  Interface::stage1};
 
 Result<std::unique_ptr<Backend>> open_interface(Kernel& kernel, Interface interface, const DescriptorSource& source) {
   if (interface == Interface::iommufd) return open_iommufd(kernel, source);
+  if (interface == Interface::stage1) return open_stage1(kernel, source);
   if (interface == Interface::spapr_v2 || interface == Interface::spapr_v1)
     return open_spapr(kernel, interface, source);
   return open_type1(kernel, interface, source);
 }
 
 Result<std::unique_ptr<Backend>> open_auto(Kernel& kernel) {
-  const auto report = probe_host(kernel, {.attach_devices = false});
+  const auto report = probe_host(kernel, {.attach_devices = false, .ask_nesting = true});
   if (!report) return report.error();
   if (report->choice) return open_interface(kernel, *report->choice, {});
   return base::fail(Errc::no_device, Stage::open, 0, "{}", report->why);

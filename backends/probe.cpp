@@ -60,6 +60,7 @@ void ask_interface(Kernel& kernel, InterfaceReport& report) {
 
 void ask_extensions(Kernel& kernel, int fd, InterfaceReport& report) {
   namespace vfio = uapi::vfio;
+  if (report.interface == Interface::stage1) return;
   if (report.interface == Interface::iommufd) {
     const bool map_file = iommufd::has_map_file(kernel, fd);
     report.version = map_file ? "Linux 6.13 or newer" : "Linux 6.2 to 6.12";
@@ -107,7 +108,7 @@ InterfaceReport probe_interface(Kernel& kernel, Interface interface) {
 /// An interface can only be used when a device can come in through it.
 void require_device(InterfaceReport& report, const std::vector<DeviceReport>& devices) {
   if (!report.usable) return;
-  const bool by_cdev = report.interface == Interface::iommufd;
+  const bool by_cdev = report.interface == Interface::iommufd || report.interface == Interface::stage1;
   for (const DeviceReport& device : devices)
     if (device.attachable && (!by_cdev || !device.pci.cdev.empty())) return;
   report.usable = false;
@@ -119,25 +120,60 @@ void require_device(InterfaceReport& report, const std::vector<DeviceReport>& de
                     : "bind a device to vfio-pci (driver_override), with every other device of its group";
 }
 
+/// Only the attempt tells whether an IOMMU nests, and its refusal says why not.
+void require_nesting(Kernel& kernel, InterfaceReport& report, const std::vector<DeviceReport>& devices, bool ask) {
+  if (!report.usable) return;
+  report.usable = false;
+  if (!ask) {
+    report.reason = "not asked whether an IOMMU here translates in two stages";
+    return;
+  }
+  const auto backend = open_backend(kernel, {.name = std::string{to_string(Interface::stage1)}});
+  const auto space = backend ? (*backend)->create_space({}) : Result<std::unique_ptr<BackendSpace>>{backend.error()};
+  if (!space) {
+    report.reason = space.error().detail();
+    return;
+  }
+  for (const DeviceReport& device : devices) {
+    if (!device.attachable || device.pci.cdev.empty()) continue;
+    const auto attached = (*space)->attach({.pci_address = device.pci.address});
+    report.usable = attached.has_value();
+    report.reason = attached ? "" : attached.error().detail();
+    if (attached || attached.error().code != Errc::busy) break;
+  }
+  if (!report.usable)
+    report.cure =
+        "an IOMMU with two stages (Arm SMMUv3 with CANWBS or S2FWB, Intel VT-d in scalable mode) and Linux 6.13 or "
+        "newer";
+}
+
 std::vector<ParityLine> parity(const std::vector<InterfaceReport>& interfaces) {
   Capability iommufd = Capability::none, type1 = Capability::none, compat = Capability::none, spapr = Capability::none;
+  Capability stage1 = Capability::none;
   for (const InterfaceReport& report : interfaces) {
     if (report.interface == Interface::iommufd) iommufd = report.capabilities;
     if (report.interface == Interface::type1_v2) type1 = report.capabilities;
     if (report.interface == Interface::compat_v2) compat = report.capabilities;
     if (report.interface == Interface::spapr_v2) spapr = report.capabilities;
+    if (report.interface == Interface::stage1 && report.usable) stage1 = report.capabilities;
   }
   std::vector<ParityLine> lines;
   for (std::uint32_t bit = 1; bit <= static_cast<std::uint32_t>(Capability::unmap_all); bit <<= 1U) {
     const auto capability = static_cast<Capability>(bit);
-    if (has(iommufd | type1 | compat | spapr, capability))
+    if (has(iommufd | type1 | compat | spapr | stage1, capability))
       lines.push_back({capability, has(iommufd, capability), has(type1, capability), has(compat, capability),
-                       has(spapr, capability)});
+                       has(spapr, capability), has(stage1, capability)});
   }
   return lines;
 }
 
 void choose(HostReport& report) {
+  for (const InterfaceReport& interface : report.interfaces) {
+    if (interface.interface != Interface::stage1 || !interface.usable) continue;
+    report.choice = Interface::stage1;
+    report.why = "stage1: usable, and a map there is a store instead of a kernel call";
+    return;
+  }
   std::string reasons;
   for (const InterfaceReport& interface : report.interfaces) {
     const bool candidate = interface.interface == Interface::iommufd || interface.interface == Interface::type1_v2 ||
@@ -160,6 +196,10 @@ void measure(Kernel& kernel, const ProbeOptions& options, HostReport& report) {
   using Measure = ProbeOptions::Measure;
   if (options.measure == Measure::never) {
     report.not_measured = "measuring is off";
+    return;
+  }
+  if (report.choice == Interface::stage1) {
+    report.not_measured = "stage-1 mode makes no kernel calls that could be compared";
     return;
   }
   const bool iommufd_usable = std::any_of(report.interfaces.begin(), report.interfaces.end(),
@@ -193,10 +233,13 @@ Result<HostReport> probe_host(Kernel& kernel, const ProbeOptions& options) {
   if (!inventory) return inventory.error();
   report.groups = group_reports(*inventory);
   report.devices = device_reports(*inventory, report.groups);
-  for (const Interface interface : {Interface::iommufd, Interface::type1_v2, Interface::spapr_v2, Interface::type1_v1,
-                                    Interface::spapr_v1, Interface::compat_v2, Interface::compat_v1}) {
+  for (const Interface interface :
+       {Interface::stage1, Interface::iommufd, Interface::type1_v2, Interface::spapr_v2, Interface::type1_v1,
+        Interface::spapr_v1, Interface::compat_v2, Interface::compat_v1}) {
     report.interfaces.push_back(probe_interface(kernel, interface));
     require_device(report.interfaces.back(), report.devices);
+    if (interface == Interface::stage1)
+      require_nesting(kernel, report.interfaces.back(), report.devices, options.attach_devices || options.ask_nesting);
   }
   report.memlock = kernel.memlock();
   report.parity = parity(report.interfaces);

@@ -55,6 +55,7 @@ struct ParityLine {
   bool type1 = false;
   bool compat = false;
   bool spapr = false;
+  bool stage1 = false;
 };
 
 struct HostReport {
@@ -74,6 +75,9 @@ struct ProbeOptions {
   /// Attach one idle device per group, to learn its real ranges and page sizes. Opening a device resets it; devices in
   /// use are never touched (the kernel refuses a second user). Without it nothing but device nodes is opened.
   bool attach_devices = true;
+  /// Attach one idle device in stage-1 mode, to learn whether its IOMMU nests: nothing else tells. Implied by
+  /// attach_devices. Without it stage-1 mode is never chosen.
+  bool ask_nesting = false;
   /// Whether to measure the usable interfaces, see measure.hpp.
   enum class Measure : std::uint8_t {
     never,     ///< the static order decides

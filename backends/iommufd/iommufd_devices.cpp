@@ -12,13 +12,13 @@
 
 namespace iovane::backends::iommufd {
 
-SharedDescriptor::SharedDescriptor(Kernel& kernel, KernelFd fd, bool exclusive)
+SharedDescriptor::SharedDescriptor(Kernel& kernel, KernelFd fd, bool exclusive, StagingOptions staging)
     : kernel_{kernel},
       fd_{std::move(fd)},
       exclusive_{exclusive},
       map_file_{has_map_file(kernel, fd_.get())},
       granule_{static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))},
-      staging_{kernel, fd_.get(), map_file_, granule_} {}
+      staging_{kernel, fd_.get(), map_file_, granule_, std::move(staging)} {}
 
 Result<BoundDevice> SharedDescriptor::bind(const DeviceSource& source) {
   BoundDevice device;

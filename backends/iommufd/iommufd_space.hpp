@@ -28,7 +28,7 @@ struct BoundDevice {
 /// What the spaces of one descriptor share. Outlives them; members are locked or constant.
 class SharedDescriptor {
  public:
-  SharedDescriptor(Kernel& kernel, KernelFd fd, bool exclusive);
+  SharedDescriptor(Kernel& kernel, KernelFd fd, bool exclusive, StagingOptions staging = {});
 
   Kernel& kernel() const noexcept { return kernel_; }
   int fd() const noexcept { return fd_.get(); }

@@ -6,6 +6,7 @@
 #include "backends/iommufd/ioas_calls.hpp"
 #include "backends/kernel_call.hpp"
 #include "backends/kernel_error.hpp"
+#include "backends/range_list.hpp"
 #include "backends/uapi/iommufd.hpp"
 #include "base/checked_math.hpp"
 #include "base/error_text.hpp"
@@ -46,11 +47,7 @@ Result<const StagedMemory*> Staging::acquire(const MemoryRange& memory) {
     ++known.references;
     return &known;
   }
-  if (ioas_ == 0) {
-    const auto ioas = ioas_alloc(kernel_, fd_);
-    if (!ioas) return ioas.error();
-    ioas_ = *ioas;
-  }
+  if (const auto there = have_ioas(); !there) return there.error();
   if (holder_ == 0 && !bound_.empty()) {
     if (const auto held = hold_pins(bound_.front()); !held) return held.error();
   }
@@ -92,13 +89,68 @@ void Staging::device_unbound(std::uint32_t device) noexcept {
   bound_.erase(std::remove(bound_.begin(), bound_.end(), device), bound_.end());
 }
 
+Result<void> Staging::have_ioas() {
+  if (ioas_ != 0) return {};
+  const auto ioas = ioas_alloc(kernel_, fd_);
+  if (!ioas) return ioas.error();
+  ioas_ = *ioas;
+  return {};
+}
+
+Result<std::uint32_t> Staging::holder(std::uint32_t device) {
+  const std::lock_guard lock{mutex_};
+  if (holder_ != 0) return holder_;
+  if (const auto there = have_ioas(); !there) return there.error();
+  if (const auto held = hold_pins(device); !held) return held.error();
+  return holder_;
+}
+
+Result<IovaRange> Staging::reserve(Bytes length) {
+  const std::lock_guard lock{mutex_};
+  if (const auto there = have_ioas(); !there) return there.error();
+  if (usable_.empty()) {
+    if (const auto asked = ask_usable(); !asked) return asked.error();
+  }
+  // Next fit: with many reservations alive the first one would be found by walking over all of them.
+  auto room = first_fit(next_room_, length, granule_.value, 0);
+  if (!room) room = first_fit(0, length, granule_.value, 0);
+  if (!room)
+    return base::fail(Errc::iova_exhausted, Stage::pin, 0,
+                      "no room for {} bytes in the intermediate address space; unmap or unregister memory that is not "
+                      "needed",
+                      length.value);
+  used_.emplace(room->start.value, room->last.value);
+  next_room_ = room->last.value == iova_max.value ? 0 : room->last.value + 1;
+  return *room;
+}
+
+void Staging::release(IovaRange room) noexcept {
+  const std::lock_guard lock{mutex_};
+  used_.erase(room.start.value);
+}
+
+int Staging::map_at(Iova at, std::uint64_t address, Bytes length, bool writable) noexcept {
+  uapi::IoasMap map{
+      .flags = uapi::ioas_map_fixed_iova | uapi::ioas_map_readable | (writable ? uapi::ioas_map_writeable : 0),
+      .ioas_id = ioas_,
+      .user_va = address,
+      .length = length.value,
+      .iova = at.value};
+  return call(kernel_, fd_, map);
+}
+
 Result<void> Staging::hold_pins(std::uint32_t device) {
-  uapi::HwptAlloc alloc{.dev_id = device, .pt_id = ioas_};
+  uapi::HwptAlloc alloc{.flags = options_.holder_flags, .dev_id = device, .pt_id = ioas_};
   const int why = call(kernel_, fd_, alloc);
   if (why == 0) {
     holder_ = alloc.out_hwpt_id;
+    usable_.clear();  // the IOMMU may reach less than 64 bits
     return {};
   }
+  if (why == EOPNOTSUPP && (options_.holder_flags & uapi::hwpt_alloc_nest_parent) != 0)
+    return base::fail(Errc::unsupported, Stage::attach, why,
+                      "no nesting: this IOMMU, its driver or this kernel (6.7 or newer is needed) translates in one "
+                      "stage only");
   Bytes registered{};
   for (const StagedMemory& staged : registrations_) registered.value += staged.memory.length.value;
   if (why == ENOMEM)
@@ -117,26 +169,39 @@ Result<void> Staging::hold_pins(std::uint32_t device) {
   return explain_call(Stage::pin, "HWPT_ALLOC", why);
 }
 
-Result<IovaRange> Staging::find_room(const MemoryRange& memory) {
+Result<void> Staging::ask_usable() {
   const auto usable = ioas_ranges(kernel_, fd_, ioas_);
   if (!usable) return usable.error();
-  const std::uint64_t modulus = congruence(memory.length, granule_);
-  const std::uint64_t phase = where(memory) & (modulus - 1);
-  // First fit from below: small apertures fill last, and the number of registrations is small.
-  for (const IovaRange& window : *usable) {
-    std::uint64_t from = window.start.value;
-    auto next = used_.lower_bound(from);
+  usable_ = whole_granules(without(*usable, options_.avoid), granule_);
+  return {};
+}
+
+// First fit from `from` up: small apertures fill last.
+std::optional<IovaRange> Staging::first_fit(std::uint64_t from, Bytes length, std::uint64_t modulus,
+                                            std::uint64_t phase) const noexcept {
+  for (const IovaRange& window : usable_) {
+    if (window.last.value < from) continue;
+    std::uint64_t at = std::max(window.start.value, from);
+    auto next = used_.upper_bound(at);
+    if (next != used_.begin()) --next;  // it may reach beyond
     while (true) {
-      const auto base = base::align_up(from, modulus);
+      const auto base = base::align_up(at, modulus);
       const auto start = base ? base::checked_add(*base, phase) : std::nullopt;
-      const auto fit = start ? IovaRange::from_length(Iova{*start}, memory.length) : std::nullopt;
+      const auto fit = start ? IovaRange::from_length(Iova{*start}, length) : std::nullopt;
       if (!fit || fit->last > window.last) break;
       while (next != used_.end() && next->second < fit->start.value) ++next;
       if (next == used_.end() || next->first > fit->last.value) return *fit;
       if (next->second == iova_max.value) break;
-      from = next->second + 1;
+      at = next->second + 1;
     }
   }
+  return std::nullopt;
+}
+
+Result<IovaRange> Staging::find_room(const MemoryRange& memory) {
+  if (const auto asked = ask_usable(); !asked) return asked.error();
+  const std::uint64_t modulus = congruence(memory.length, granule_);
+  if (const auto room = first_fit(0, memory.length, modulus, where(memory) & (modulus - 1))) return *room;
   return base::fail(Errc::iova_exhausted, Stage::pin, 0,
                     "no room for {} bytes in the staging address space; unregister memory that is not needed",
                     memory.length.value);

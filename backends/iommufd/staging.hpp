@@ -14,6 +14,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "backends/backend.hpp"
@@ -29,11 +30,17 @@ struct StagedMemory {
   std::uint32_t references = 0;
 };
 
+/// What the staging IOAS is for, beside holding pins.
+struct StagingOptions {
+  std::uint32_t holder_flags = 0;  ///< of the HWPT that pins: hwpt_alloc_nest_parent makes it one
+  std::vector<IovaRange> avoid{};  ///< never used: what devices reserve, where they will be attached to the IOAS
+};
+
 class Staging {
  public:
   /// `kernel` and the descriptor outlive it. The staging IOAS is allocated with the first registration.
-  Staging(Kernel& kernel, int fd, bool map_file, Bytes granule) noexcept
-      : kernel_{kernel}, fd_{fd}, map_file_{map_file}, granule_{granule} {}
+  Staging(Kernel& kernel, int fd, bool map_file, Bytes granule, StagingOptions options) noexcept
+      : kernel_{kernel}, fd_{fd}, map_file_{map_file}, granule_{granule}, options_{std::move(options)} {}
   Staging(const Staging&) = delete;
   Staging& operator=(const Staging&) = delete;
   ~Staging();
@@ -50,9 +57,22 @@ class Staging {
 
   std::uint32_t ioas() const noexcept { return ioas_; }
 
+  /// The HWPT that pins, made with `device` when there is none yet.
+  Result<std::uint32_t> holder(std::uint32_t device);
+  /// Room that register calls leave alone, for map_at(). Any thread.
+  Result<IovaRange> reserve(Bytes length);
+  void release(IovaRange room) noexcept;
+  /// Maps process memory into reserved room, whole or part. 0 or a positive errno. Any thread.
+  int map_at(Iova at, std::uint64_t address, Bytes length, bool writable) noexcept;
+  int unmap_at(IovaRange range) noexcept { return unmap(range); }
+
  private:
+  Result<void> have_ioas();
   Result<void> hold_pins(std::uint32_t device);
   Result<IovaRange> find_room(const MemoryRange& memory);
+  Result<void> ask_usable();
+  std::optional<IovaRange> first_fit(std::uint64_t from, Bytes length, std::uint64_t modulus,
+                                     std::uint64_t phase) const noexcept;
   Result<void> map_chunks(StagedMemory& staged);
   int map_chunk(const StagedMemory& staged, IovaRange chunk) noexcept;
   int settled(int why, IovaRange chunk) noexcept;
@@ -62,12 +82,15 @@ class Staging {
   int fd_;
   bool map_file_;
   Bytes granule_;
-  std::mutex mutex_;          // control plane: guards everything below
+  const StagingOptions options_;
+  std::mutex mutex_;          // guards everything below
   std::uint32_t ioas_ = 0;    // 0: not allocated; written once, before the first StagedMemory is handed out
   std::uint32_t holder_ = 0;  // the HWPT that pins; 0 until a device was bound
   std::vector<std::uint32_t> bound_;
   std::list<StagedMemory> registrations_;
   std::map<std::uint64_t, std::uint64_t> used_;  // staged start -> last
+  std::vector<IovaRange> usable_;                // of the IOAS, less what is to be avoided; asked for anew by register
+  std::uint64_t next_room_ = 0;                  // where reserve() looks first
 };
 
 }  // namespace iovane::backends::iommufd

@@ -17,10 +17,21 @@ Domain::Domain(const IommuOptions& iommu, std::shared_ptr<FaultQueue> faults) no
 
 Domain::Domain(const IommuOptions& iommu, const TceWindows& windows) noexcept : Domain(iommu) { windows_ = &windows; }
 
-Domain::~Domain() = default;
+Domain::Domain(const IommuOptions& iommu, Domain& parent, const FirstStage& first_stage)
+    : iommu_{iommu},
+      table_{levels_for(iommu.address_bits), iommu.page_sizes},
+      parent_{&parent},
+      first_stage_{first_stage} {
+  parent.nested_.push_back(this);
+}
+
+Domain::~Domain() {
+  if (parent_ != nullptr) std::erase(parent_->nested_, this);
+}
 
 IovaRange Domain::aperture() const noexcept {
   if (windows_ != nullptr) return IovaRange::everything();
+  if (parent_ != nullptr) return {Iova{0}, first_stage_.last_address(parent_->table_)};
   return {Iova{0}, Iova{(std::uint64_t{1} << iommu_.address_bits) - 1}};
 }
 
@@ -30,10 +41,12 @@ std::int64_t Domain::unmap(IovaRange range) noexcept {
   return bytes;
 }
 
-void Domain::invalidate(IovaRange range) noexcept {
+void Domain::invalidate(IovaRange range, bool tables) noexcept {
   // E.epoch - pairs with enter_walk(): either the announcement is visible below or the edit was visible to the walk.
   epoch_.fetch_add(1, std::memory_order_acq_rel);
-  for (SimulatedDevice* device : devices_) device->invalidate(range);
+  for (SimulatedDevice* device : devices_) device->invalidate(range, tables);
+  // Their addresses are not this domain's: everything goes, as hardware that tags by VMID does it.
+  for (Domain* nested : nested_) nested->invalidate(IovaRange::everything());
   if (table_.has_retired()) table_.reclaim();
 }
 

@@ -15,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "backends/model/first_stage.hpp"
 #include "backends/model/options.hpp"
 #include "backends/model/page_table.hpp"
 #include "backends/model/spapr_windows.hpp"
@@ -30,6 +31,8 @@ class Domain {
   explicit Domain(const IommuOptions& iommu, std::shared_ptr<FaultQueue> faults = nullptr) noexcept;
   /// Devices translate through sPAPR windows, which outlive it; its own table stays empty.
   Domain(const IommuOptions& iommu, const TceWindows& windows) noexcept;
+  /// A first stage, written by whoever owns it, on top of `parent`, which outlives it. Its own table stays empty.
+  Domain(const IommuOptions& iommu, Domain& parent, const FirstStage& first_stage);
   ~Domain();
   Domain(const Domain&) = delete;
   Domain& operator=(const Domain&) = delete;
@@ -46,7 +49,8 @@ class Domain {
   [[nodiscard]] std::int64_t unmap(IovaRange range) noexcept;
   /// Only edits the table: what devices have cached stays usable for them until invalidate(). Owner.
   [[nodiscard]] std::int64_t unmap_without_invalidation(IovaRange range) noexcept { return table_.unmap(range); }
-  void invalidate(IovaRange range) noexcept;
+  /// `tables`: also what walkers remember of a first stage's tables. Reaches everything nested on this domain too.
+  void invalidate(IovaRange range, bool tables = true) noexcept;
 
   /// Device writes are recorded from now on (or no longer). Owner.
   void set_dirty_tracking(bool on) noexcept;
@@ -70,9 +74,15 @@ class Domain {
     // E.epoch - pairs with invalidate(), see above.
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
-  Translation walk(Iova address) const noexcept {
+  /// `remembered`: a level-0 table of a first stage that the device knows for this address, or null; comes back as what
+  /// this walk used.
+  Translation walk(Iova address, const std::byte*& remembered) const noexcept {
+    if (parent_ != nullptr) return first_stage_.walk(parent_->table_, address, remembered);
     return windows_ == nullptr ? table_.walk(address) : windows_->walk(address);
   }
+  bool nested() const noexcept { return parent_ != nullptr; }
+  /// The number that tags a nested domain's translations, as its context says now.
+  std::uint16_t asid() const noexcept { return first_stage_.asid(parent_->table_); }
   const PageTable& table() const noexcept { return table_; }
   const std::shared_ptr<FaultQueue>& faults() const noexcept { return faults_; }
 
@@ -81,6 +91,9 @@ class Domain {
   const std::shared_ptr<FaultQueue> faults_;
   PageTable table_;
   const TceWindows* windows_ = nullptr;
+  Domain* const parent_ = nullptr;
+  const FirstStage first_stage_{};
+  std::vector<Domain*> nested_;
   std::vector<SimulatedDevice*> devices_;
   std::atomic<std::uint64_t> epoch_{0};
   std::atomic<bool> dirty_tracking_{false};

@@ -42,6 +42,9 @@ long IommufdFile::ioctl(unsigned long request, std::uint64_t argument) noexcept 
     case uapi_fd::VfioIoas::request: return vfio_ioas(argument);
     case uapi_fd::HwptAlloc::request: return hwpt_alloc(argument);
     case uapi_fd::HwInfo::request: return hw_info(argument);
+    case uapi_fd::HwptInvalidate::request: return hwpt_invalidate(argument);
+    case uapi_fd::ViommuAlloc::request: return viommu_alloc(argument);
+    case uapi_fd::VdeviceAlloc::request: return vdevice_alloc(argument);
     case uapi_fd::FaultQueueAlloc::request: return fault_queue_alloc(argument);
     case uapi_fd::HwptSetDirtyTracking::request: return set_dirty_tracking(argument);
     case uapi_fd::HwptGetDirtyBitmap::request: return get_dirty_bitmap(argument);
@@ -52,12 +55,24 @@ long IommufdFile::ioctl(unsigned long request, std::uint64_t argument) noexcept 
 // The last descriptor and the last bound device are gone.
 void IommufdFile::release() noexcept {
   const std::lock_guard lock{mutex_};
-  for (auto it = objects_.begin(); it != objects_.end();) {
-    const std::uint32_t id = it->first;
-    ++it;
+  // What uses others goes before them, whatever the ids.
+  const auto each = [this](auto&& drop) {
+    for (auto it = objects_.begin(); it != objects_.end();) {
+      const std::uint32_t id = it->first;
+      ++it;
+      drop(id);
+    }
+  };
+  each([this](std::uint32_t id) {
+    if (Hwpt* const hwpt = find<Hwpt>(id); hwpt != nullptr && hwpt->parent != nullptr) destroy_hwpt(*hwpt);
+  });
+  each([this](std::uint32_t id) {
+    if (Viommu* const viommu = find<Viommu>(id); viommu != nullptr) destroy_viommu(*viommu);
+  });
+  each([this](std::uint32_t id) {
     if (find<Hwpt>(id) != nullptr) destroy_hwpt(*find<Hwpt>(id));
     if (find<Faults>(id) != nullptr) objects_.erase(id);
-  }
+  });
   while (!objects_.empty()) destroy_ioas(*find<IoasObject>(objects_.begin()->first));
   // relaxed: the file is not reachable any more.
   compat_id_.store(0, std::memory_order_relaxed);
@@ -152,7 +167,7 @@ int IommufdFile::destroy_locked(std::uint32_t id) noexcept {
     }
     case Kind::hwpt: {
       auto& hwpt = static_cast<Hwpt&>(*it->second);
-      if (hwpt.devices > 0 || hwpt.automatic) return -EBUSY;
+      if (hwpt.devices > 0 || hwpt.automatic || hwpt.users > 0) return -EBUSY;
       destroy_hwpt(hwpt);
       return 0;
     }
@@ -163,6 +178,13 @@ int IommufdFile::destroy_locked(std::uint32_t id) noexcept {
       objects_.erase(it);
       return 0;
     }
+    case Kind::viommu: {
+      auto& viommu = static_cast<Viommu&>(*it->second);
+      if (viommu.users > 0) return -EBUSY;
+      destroy_viommu(viommu);
+      return 0;
+    }
+    case Kind::vdevice: destroy_vdevice(static_cast<Vdevice&>(*it->second)); return 0;
     case Kind::device: return -EBUSY;  // held by the VFIO device until that is closed
   }
   return -EINVAL;

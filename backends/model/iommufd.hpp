@@ -45,7 +45,7 @@ class IommufdFile final : public File {
   void add_usage(SpaceUsage& usage, std::size_t& areas, std::size_t& objects) const;
 
  private:
-  enum class Kind : std::uint8_t { ioas, hwpt, device, faults };
+  enum class Kind : std::uint8_t { ioas, hwpt, device, faults, viommu, vdevice };
   struct Object {
     Kind kind;
     std::uint32_t id = 0;
@@ -53,6 +53,8 @@ class IommufdFile final : public File {
     explicit Object(Kind k) noexcept : kind{k} {}
   };
   struct Hwpt;
+  struct Viommu;
+  struct Vdevice;
   struct IoasObject final : Object {
     static constexpr Kind kind_of = Kind::ioas;
     IoasObject(HostMemory& memory, Accounting& accounting) noexcept : Object{Kind::ioas}, ioas{memory, accounting} {}
@@ -63,8 +65,20 @@ class IommufdFile final : public File {
     static constexpr Kind kind_of = Kind::hwpt;
     Hwpt(IoasObject& o, const SimulatedDevice& like, std::shared_ptr<FaultQueue> queue) noexcept
         : Object{Kind::hwpt}, ioas{o}, domain{like.iommu(), std::move(queue)}, iommu{like.options().iommu} {}
+    /// A first stage on `p`, through `v` where the architecture has vIOMMUs.
+    Hwpt(Hwpt& p, Viommu* v, const SimulatedDevice& like, const FirstStage& first_stage)
+        : Object{Kind::hwpt},
+          ioas{p.ioas},
+          domain{like.iommu(), p.domain, first_stage},
+          parent{&p},
+          viommu{v},
+          iommu{like.options().iommu} {}
     IoasObject& ioas;
     Domain domain;
+    Hwpt* const parent = nullptr;
+    Viommu* const viommu = nullptr;
+    bool nest_parent = false;
+    unsigned users = 0;           // nested tables and vIOMMUs on it
     bool automatic = false;       // made by attaching to an IOAS; goes with its last device
     bool dirty_enforced = false;  // only devices that can track
     unsigned devices = 0;
@@ -75,12 +89,29 @@ class IommufdFile final : public File {
     explicit Faults(std::shared_ptr<FaultQueue> q) noexcept : Object{Kind::faults}, queue{std::move(q)} {}
     std::shared_ptr<FaultQueue> queue;  // shared with its descriptor and with page tables
   };
+  struct Viommu final : Object {
+    static constexpr Kind kind_of = Kind::viommu;
+    Viommu(Hwpt& p, std::size_t unit) noexcept : Object{Kind::viommu}, parent{p}, iommu{unit} {}
+    Hwpt& parent;
+    std::size_t iommu;
+    unsigned users = 0;  // nested tables and vDEVICEs
+  };
+  struct BoundDevice;
+  struct Vdevice final : Object {
+    static constexpr Kind kind_of = Kind::vdevice;
+    Vdevice(Viommu& v, BoundDevice& d, std::uint64_t number) noexcept
+        : Object{Kind::vdevice}, viommu{v}, device{d}, virtual_id{number} {}
+    Viommu& viommu;
+    BoundDevice& device;
+    std::uint64_t virtual_id;
+  };
   struct BoundDevice final : Object {
     static constexpr Kind kind_of = Kind::device;
     BoundDevice(SimulatedDevice& d, IommuGroup& g) noexcept : Object{Kind::device}, device{d}, group{g} {}
     SimulatedDevice& device;
     IommuGroup& group;
     Hwpt* hwpt = nullptr;
+    Vdevice* vdevice = nullptr;
   };
 
   static constexpr std::size_t ids_per_block = 1024;
@@ -105,6 +136,15 @@ class IommufdFile final : public File {
   // iommufd_hwpt.cpp.
   long hwpt_alloc(std::uint64_t argument) noexcept;
   long hw_info(std::uint64_t argument) noexcept;
+  // iommufd_nesting.cpp.
+  int nested_hwpt_alloc(uapi::iommufd::HwptAlloc& command, BoundDevice& device) noexcept;
+  long viommu_alloc(std::uint64_t argument) noexcept;
+  long vdevice_alloc(std::uint64_t argument) noexcept;
+  long hwpt_invalidate(std::uint64_t argument) noexcept;
+  int invalidate_smmuv3(const Viommu& viommu, const uapi::iommufd::ViommuArmSmmuv3Invalidate& entry) noexcept;
+  int invalidate_vtd(Hwpt& hwpt, const uapi::iommufd::HwptVtdS1Invalidate& entry) noexcept;
+  void destroy_viommu(Viommu& viommu) noexcept;
+  void destroy_vdevice(Vdevice& vdevice) noexcept;
   long fault_queue_alloc(std::uint64_t argument) noexcept;
   long set_dirty_tracking(std::uint64_t argument) noexcept;
   long get_dirty_bitmap(std::uint64_t argument) noexcept;

@@ -1,4 +1,5 @@
 // iommufd's devices and I/O page tables: bind, attach, replace, detach, HWPT_ALLOC, hardware info, dirty tracking.
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -25,6 +26,7 @@ void IommufdFile::unbind(std::uint32_t device_id) noexcept {
   const std::lock_guard lock{mutex_};
   BoundDevice& device = *find<BoundDevice>(device_id);
   if (device.hwpt != nullptr) detach_from(device);
+  if (device.vdevice != nullptr) destroy_vdevice(*device.vdevice);
   device.group.disclaim();
   objects_.erase(device_id);
 }
@@ -208,6 +210,13 @@ IommufdFile::Hwpt* IommufdFile::new_hwpt(IoasObject& ioas, const BoundDevice& de
 }
 
 void IommufdFile::destroy_hwpt(Hwpt& hwpt) noexcept {
+  if (hwpt.parent != nullptr) {
+    --hwpt.parent->users;
+    if (hwpt.viommu != nullptr) --hwpt.viommu->users;
+    const std::lock_guard owner{hwpt.ioas.ioas.mutex()};  // invalidations of the parent look at its nested domains
+    objects_.erase(hwpt.id);
+    return;
+  }
   hwpt.ioas.ioas.remove_domain(hwpt.domain);
   std::erase(hwpt.ioas.hwpts, &hwpt);
   objects_.erase(hwpt.id);
@@ -223,10 +232,18 @@ long IommufdFile::hwpt_alloc(std::uint64_t argument) noexcept {
   BoundDevice* device = find<BoundDevice>(c.dev_id);
   if (device == nullptr) return -ENOENT;
   IoasObject* ioas = find<IoasObject>(c.pt_id);
-  if (ioas == nullptr) return find<Hwpt>(c.pt_id) != nullptr && c.data_len == 0 ? -EOPNOTSUPP : -EINVAL;
-  // Plain tables only: this unit does not nest.
-  constexpr std::uint32_t known = uapi_fd::hwpt_alloc_dirty_tracking | uapi_fd::hwpt_fault_id_valid;
-  if ((c.flags & ~known) != 0 || c.data_len != 0) return -EOPNOTSUPP;
+  const bool nests = device->device.iommu().nesting != Nesting::none;
+  if (ioas == nullptr) {
+    if (find<Viommu>(c.pt_id) == nullptr && find<Hwpt>(c.pt_id) == nullptr) return -EINVAL;
+    if (!nests) return find<Hwpt>(c.pt_id) != nullptr && c.data_len == 0 ? -EOPNOTSUPP : -EINVAL;
+    const int rc = nested_hwpt_alloc(c, *device);
+    if (rc == 0) a.respond();
+    return rc;
+  }
+  constexpr std::uint32_t known =
+      uapi_fd::hwpt_alloc_dirty_tracking | uapi_fd::hwpt_fault_id_valid | uapi_fd::hwpt_alloc_nest_parent;
+  const bool nest_parent = (c.flags & uapi_fd::hwpt_alloc_nest_parent) != 0;
+  if ((c.flags & ~known) != 0 || c.data_len != 0 || (nest_parent && !nests)) return -EOPNOTSUPP;
   std::shared_ptr<FaultQueue> queue;
   if ((c.flags & uapi_fd::hwpt_fault_id_valid) != 0) {
     const Faults* faults = find<Faults>(c.fault_id);
@@ -239,6 +256,7 @@ long IommufdFile::hwpt_alloc(std::uint64_t argument) noexcept {
   Hwpt* hwpt = new_hwpt(*ioas, *device, std::move(queue));
   if (hwpt == nullptr) return -ENOMEM;
   hwpt->dirty_enforced = dirty;
+  hwpt->nest_parent = nest_parent;
   if (const int rc = ioas->ioas.add_domain(hwpt->domain); rc != 0) {
     objects_.erase(hwpt->id);
     return rc;
@@ -290,10 +308,37 @@ long IommufdFile::hw_info(std::uint64_t argument) noexcept {
   const BoundDevice* device = find<BoundDevice>(c.dev_id);
   if (device == nullptr) return -ENOENT;
   if (c.data_len != 0 && c.data_uptr == 0) return -EFAULT;
-  // No data of its own type: what the caller offered comes back zeroed.
-  if (c.data_len != 0) std::memset(writable_bytes_at(c.data_uptr), 0, c.data_len);
-  c.data_len = 0;
+  const IommuOptions& iommu = device->device.iommu();
+  uapi_fd::HwInfoArmSmmuv3 smmuv3;
+  uapi_fd::HwInfoVtd vtd;
+  const void* data = nullptr;
+  std::uint32_t data_bytes = 0;
   c.data_type = uapi_fd::hw_info_type_none;
+  switch (iommu.nesting) {
+    case Nesting::none: break;
+    case Nesting::smmuv3:
+      c.data_type = uapi_fd::hw_info_type_arm_smmuv3;
+      smmuv3.idr[0] = 1U << 1 | 1U << 0 | 2U << 2;  // both stages, AArch64
+      smmuv3.idr[3] = iommu.range_invalidation ? 1U << 10 : 0;
+      smmuv3.idr[5] = 5U | 1U << 4;  // 48 bits out, 4 KiB granule
+      data = &smmuv3;
+      data_bytes = sizeof smmuv3;
+      break;
+    case Nesting::vtd:
+      c.data_type = uapi_fd::hw_info_type_intel_vtd;
+      vtd.cap_reg = std::uint64_t{1} << 56 | std::uint64_t{1} << 60;                            // FL1GP, FL5LP
+      vtd.ecap_reg = std::uint64_t{1} << 26 | std::uint64_t{1} << 47 | std::uint64_t{1} << 48;  // NEST, FLTS, SMPWCS
+      data = &vtd;
+      data_bytes = sizeof vtd;
+      break;
+    case Nesting::amd: c.data_type = uapi_fd::hw_info_type_amd; break;
+  }
+  // What the caller offered beyond comes back zeroed.
+  if (c.data_len != 0) {
+    std::memset(writable_bytes_at(c.data_uptr), 0, c.data_len);
+    if (data != nullptr) std::memcpy(writable_bytes_at(c.data_uptr), data, std::min(c.data_len, data_bytes));
+  }
+  c.data_len = data_bytes;
   c.out_max_pasid_log2 = 0;
   c.out_capabilities = device->device.iommu().dirty_tracking ? uapi_fd::hw_cap_dirty_tracking : 0;
   a.respond();

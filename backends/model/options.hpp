@@ -24,6 +24,9 @@ struct ReservedRegion {
   ReservedKind kind = ReservedKind::reserved;
 };
 
+/// Whose first stage a unit walks on top of its own tables, if it nests.
+enum class Nesting : std::uint8_t { none, smmuv3, vtd, amd };
+
 /// One IOMMU unit. Devices behind different units need different page tables.
 struct IommuOptions {
   unsigned address_bits = 48;  ///< 30 to 57; decides the number of levels (3 to 5) and the aperture
@@ -31,6 +34,9 @@ struct IommuOptions {
   bool dirty_tracking = true;
   bool page_faults = true;      ///< devices can wait for pages (PRI, stall)
   unsigned iotlb_entries = 64;  ///< per device, 4 KiB each; 0: every access walks
+  Nesting nesting = Nesting::none;
+  bool range_invalidation = true;  ///< SMMUv3: IDR3.RIL
+  bool coherent = true;            ///< SMMUv3: the firmware promises it; without, no vIOMMU is given out
 };
 
 /// One PCI function, bound to vfio-pci unless `driver` says otherwise.
@@ -67,6 +73,7 @@ struct ModelOptions {
   bool sys_resource = true;               ///< CAP_SYS_RESOURCE, which setting the RLIMIT_MODE option needs
   bool iommufd = true;                    ///< false: no /dev/iommu and no device cdevs
   bool type1 = true;                      ///< false: no /dev/vfio/vfio and no groups
+  bool viommu = true;                     ///< VIOMMU_ALLOC and its kin: Linux 6.13 and later; ENOTTY before
   bool map_file = true;                   ///< IOAS_MAP_FILE is there: Linux 6.13 and later; ENOTTY before
   std::uint32_t dma_entry_limit = 65535;  ///< type1's module parameter
   /// A POWER host: containers have the sPAPR driver instead of type1. Without /dev/iommu: there is no such backend.

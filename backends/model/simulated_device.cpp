@@ -52,13 +52,13 @@ DmaResult SimulatedDevice::transfer(Iova at, std::size_t bytes, Access access, M
         move(result.bytes, memory + offset, step);
         result.bytes += step;
         // R.idle - pairs with A.idle in invalidate(): the bytes were moved before the device looks idle.
-        if (iotlb_.empty()) may_hold_.store(false, std::memory_order_release);
+        if (holds_nothing()) may_hold_.store(false, std::memory_order_release);
         requests_left = page_requests_max;
         continue;
       }
       fault.reason = *reason;
     }
-    if (iotlb_live_ == 0) may_hold_.store(false, std::memory_order_release);  // R.idle - as above
+    if (holds_nothing()) may_hold_.store(false, std::memory_order_release);  // R.idle - as above
     const bool may_ask = fault.reason == FaultReason::not_present || fault.reason == FaultReason::no_permission;
     if (may_ask && domain_->faults() != nullptr && requests_left-- > 0) {
       const std::shared_ptr<FaultQueue> faults = domain_->faults();
@@ -94,8 +94,14 @@ std::optional<FaultReason> SimulatedDevice::translate(std::uint64_t page, Access
     domain_->enter_walk();
   }
   Translation found;
+  CachedTable& known = tables_[(page >> 21) % cached_tables];
   do {  // again only when the writer changed the entry in between; it changes each entry a bounded number of times
-    found = domain_->walk(Iova{page});
+    const std::byte* table = known.region == page >> 21 ? known.table : nullptr;
+    found = domain_->walk(Iova{page}, table);
+    if (table != nullptr) {
+      if (known.table == nullptr) ++tables_live_;
+      known = {page >> 21, table};
+    }
     if (found.memory == nullptr) return FaultReason::not_present;
     if (!includes(found.access, access)) return FaultReason::no_permission;
   } while (must_mark && !PageTable::mark_dirty(found));
@@ -152,10 +158,12 @@ void SimulatedDevice::set_domain(Domain* domain) noexcept {
   domain_ = domain;
   std::fill(iotlb_.begin(), iotlb_.end(), CachedTranslation{});
   iotlb_live_ = 0;
+  tables_.fill({});
+  tables_live_ = 0;
   may_hold_.store(false, std::memory_order_release);  // R.idle - pairs with A.idle in invalidate()
 }
 
-void SimulatedDevice::invalidate(IovaRange range) noexcept {
+void SimulatedDevice::invalidate(IovaRange range, bool tables) noexcept {
   // A.idle - pairs with R.idle: seen idle, the device's last step happened before this.
   if (!may_hold_.load(std::memory_order_acquire)) return;
   const std::lock_guard lock{mutex_};
@@ -165,6 +173,14 @@ void SimulatedDevice::invalidate(IovaRange range) noexcept {
     cached = {};
     --iotlb_live_;
   };
+  if (tables && tables_live_ != 0) {
+    for (CachedTable& known : tables_) {
+      if (known.table == nullptr || known.region < range.start.value >> 21 || known.region > range.last.value >> 21)
+        continue;
+      known = {};
+      --tables_live_;
+    }
+  }
   const std::uint64_t first = base::align_down(range.start.value, os_page_bytes);
   if ((range.last.value - first) / os_page_bytes < iotlb_.size()) {
     for (std::uint64_t page = first;; page += os_page_bytes) {
@@ -177,7 +193,7 @@ void SimulatedDevice::invalidate(IovaRange range) noexcept {
       if (cached.page >= first && cached.page <= range.last.value) drop(cached);
     }
   }
-  if (iotlb_live_ == 0) may_hold_.store(false, std::memory_order_release);  // R.idle - for the next invalidation
+  if (holds_nothing()) may_hold_.store(false, std::memory_order_release);  // R.idle - for the next invalidation
 }
 
 }  // namespace iovane::backends::model

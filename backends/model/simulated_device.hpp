@@ -10,6 +10,7 @@
 // Proven by tests/unit/model_device_test.cpp, tests/stress/model_stress_test.cpp (under TSan).
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -81,7 +82,8 @@ class SimulatedDevice {
   void set_domain(Domain* domain) noexcept;
   /// The name under which it asks for pages: its id on the descriptor that it is bound to.
   void set_request_id(std::uint32_t id) noexcept;
-  void invalidate(IovaRange range) noexcept;
+  /// `tables`: also the tables of a first stage that it remembers.
+  void invalidate(IovaRange range, bool tables = true) noexcept;
 
   static constexpr std::size_t faults_kept = 1024;
 
@@ -93,6 +95,14 @@ class SimulatedDevice {
     bool dirty = false;  // the page table knows that this page was written
   };
 
+  /// A level-0 table of a first stage, for 2 MiB of addresses: what a walker's cache holds beside translations.
+  struct CachedTable {
+    std::uint64_t region = ~std::uint64_t{0};
+    const std::byte* table = nullptr;
+  };
+  static constexpr std::size_t cached_tables = 16;
+
+  bool holds_nothing() const noexcept { return iotlb_live_ == 0 && tables_live_ == 0; }
   template <typename Move>
   DmaResult transfer(Iova at, std::size_t bytes, Access access, Move move) noexcept;
   std::optional<FaultReason> translate(std::uint64_t page, Access access, std::byte*& memory) noexcept;
@@ -106,6 +116,8 @@ class SimulatedDevice {
   std::uint32_t request_id_ = 0;
   std::vector<CachedTranslation> iotlb_;  // direct-mapped by page number
   std::size_t iotlb_live_ = 0;
+  std::array<CachedTable, cached_tables> tables_;  // direct-mapped by region
+  std::size_t tables_live_ = 0;
   std::atomic<bool> may_hold_{false};  // read without the mutex by invalidate()
   std::vector<DmaFault> faults_;       // a ring once full
   std::size_t oldest_fault_ = 0;       // where the full ring begins

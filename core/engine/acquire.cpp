@@ -116,7 +116,7 @@ CacheStats AddressSpace::cache_stats() const noexcept {
 Result<void> AddressSpace::check_memlock(Bytes planned) const {
   const std::string& backend = facts().backend;
   pinning::PlannedUse use{.memory = planned};
-  if (backend == "iommufd")
+  if (backend == "iommufd" || backend == "stage1")
     use.backend = pinning::PinningBackend::iommufd;
   else if (backend.starts_with("compat"))
     use.backend = pinning::PinningBackend::iommufd_process_mode;  // the compatibility interface's default

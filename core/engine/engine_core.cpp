@@ -20,10 +20,13 @@ constexpr std::string_view model_name = "model";
 
 // "model" alone imitates iommufd.
 Result<std::shared_ptr<EngineCore>> open_model(std::string_view name, std::string reason, const WorkerConfig& workers) {
-  auto kernel = backends::model::ModelKernel::create();
-  if (!kernel) return kernel.error();
   backends::BackendChoice choice;
   choice.name = name.size() > model_name.size() ? std::string{name.substr(model_name.size() + 1)} : "iommufd";
+  backends::model::ModelOptions options;
+  if (choice.name == backends::to_string(backends::Interface::stage1))
+    options.iommus.front().nesting = backends::model::Nesting::smmuv3;
+  auto kernel = backends::model::ModelKernel::create(options);
+  if (!kernel) return kernel.error();
   auto backend = backends::open_backend(**kernel, choice);
   if (!backend) return backend.error();
   return std::make_shared<EngineCore>(*std::move(kernel), *std::move(backend), std::string{name}, std::move(reason),
@@ -68,6 +71,7 @@ Result<std::shared_ptr<EngineCore>> open_auto(const EngineConfig& config) {
   backends::SystemKernel kernel;
   backends::ProbeOptions options;
   options.attach_devices = false;
+  options.ask_nesting = true;
   const auto mode = measure_mode(config.measure);
   if (!mode) return mode.error();
   options.measure = *mode;
@@ -129,7 +133,7 @@ Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
 
   backends::BackendChoice choice;
   choice.name = name == "auto" ? (wants_iommu ? "iommufd" : "type1") : config.backend;
-  const bool on_iommu = choice.name == "iommufd" || choice.name.starts_with("compat");
+  const bool on_iommu = choice.name == "iommufd" || choice.name == "stage1" || choice.name.starts_with("compat");
   if ((wants_iommu && !on_iommu) || (wants_container && on_iommu))
     return base::fail(Errc::invalid_argument, Stage::open, 0,
                       "the descriptor that was given does not belong to backend \"{}\": iommufd and compat use "

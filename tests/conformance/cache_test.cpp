@@ -75,8 +75,9 @@ class CacheContract : public Conformance {
     return lease ? *std::move(lease) : MemoryLease{};
   }
   std::uint64_t unmap_calls() const {
-    return kernel_->calls(GetParam() == Interface::iommufd ? uapi::iommufd::IoasUnmap::request
-                                                           : uapi::vfio::Type1DmaUnmap::request);
+    return kernel_->calls(stage1()                           ? uapi::iommufd::HwptInvalidate::request
+                          : GetParam() == Interface::iommufd ? uapi::iommufd::IoasUnmap::request
+                                                             : uapi::vfio::Type1DmaUnmap::request);
   }
   std::uint64_t page_bytes() const { return os_page_bytes(); }
   /// Nothing waits for a lease any more: what the monitor saw has been unmapped.
@@ -294,7 +295,7 @@ TEST_P(CacheContract, registered_memory_is_acquired_by_offset) {
     where = lease->iova();
     EXPECT_TRUE(reads(*witness_, where, memory.bytes().subspan(3 * page_bytes() + 16)));
   }
-  if (GetParam() == Interface::iommufd) {
+  if (by_cdev()) {
     EXPECT_EQ(machine_->kernel().memlock().pinned, pinned) << "a copy shares the pin";
     EXPECT_EQ(address_space_.cache_stats().bytes_pinned.value, 0U);
   }

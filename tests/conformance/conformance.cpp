@@ -82,7 +82,7 @@ std::optional<std::uint64_t> Conformance::high_iova() {
 
 Bytes Conformance::charged() {
   const MemlockUse use = kernel_->memlock();
-  if (!spapr()) return Bytes{use.pinned.value - pinned_before_.value};
+  if (!spapr()) return Bytes{use.pinned.value - pinned_before_.value - space_->table_memory().value};
   std::uint64_t windows = 0;
   for (const SpaprWindow& window : space_->spapr()->windows()) windows += window.table.value;
   return Bytes{use.locked.value - locked_before_.value - windows};

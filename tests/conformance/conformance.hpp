@@ -30,6 +30,9 @@ class Conformance : public testing::TestWithParam<Interface> {
   /// A VFIO container: no maps without a device, and none outlives the last one.
   bool container() const { return type1() || spapr(); }
   bool type1() const { return GetParam() == Interface::type1_v1 || GetParam() == Interface::type1_v2; }
+  bool stage1() const { return GetParam() == Interface::stage1; }
+  /// Devices come in by their own node; others by their group's.
+  bool by_cdev() const { return GetParam() == Interface::iommufd || stage1(); }
   /// sPAPR: windows instead of reserved ranges, version 2 with registered memory.
   bool spapr() const { return GetParam() == Interface::spapr_v1 || spapr_v2(); }
   bool spapr_v2() const { return GetParam() == Interface::spapr_v2; }
@@ -44,7 +47,7 @@ class Conformance : public testing::TestWithParam<Interface> {
   void make_default();
   /// An IOVA above 4 GiB with room for a MiB; nothing where all windows are below.
   std::optional<std::uint64_t> high_iova();
-  /// Bytes that the kernel charged for registered memory and mappings, windows left out.
+  /// Bytes that the kernel charged for registered memory and mappings, windows and the spaces' own tables left out.
   Bytes charged();
 
   static IovaRange at(std::uint64_t iova, std::uint64_t pages) {
@@ -85,7 +88,7 @@ class Conformance : public testing::TestWithParam<Interface> {
   INSTANTIATE_TEST_SUITE_P(                                                                               \
       Kernel, suite,                                                                                      \
       testing::Values(Interface::iommufd, Interface::type1_v2, Interface::type1_v1, Interface::compat_v2, \
-                      Interface::compat_v1, Interface::spapr_v2, Interface::spapr_v1),                    \
+                      Interface::compat_v1, Interface::spapr_v2, Interface::spapr_v1, Interface::stage1), \
       [](const auto& test) { return iovane::test::parameter_name(test.param); })
 
 std::string parameter_name(Interface interface);

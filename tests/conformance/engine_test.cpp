@@ -79,6 +79,7 @@ class EngineContract : public Conformance {
     return iommufd() ? uapi::iommufd::IoasMap::request : uapi::vfio::Type1DmaMap::request;
   }
   unsigned long unmap_call() const {
+    if (stage1()) return uapi::iommufd::HwptInvalidate::request;  // what makes an unmap final there
     return iommufd() ? uapi::iommufd::IoasUnmap::request : uapi::vfio::Type1DmaUnmap::request;
   }
 
@@ -264,7 +265,10 @@ TEST_P(EngineContract, a_failing_part_of_a_merged_unmap_fails_alone_and_stays_ou
   for (std::size_t i = 0; i < 3; ++i) ASSERT_TRUE(queue_.stage(request(base + i * page_bytes(), memory.page(i))));
   for (const Completion& c : run_queue()) ASSERT_TRUE(c.ok()) << c.error.message();
   // The merged call, then (version 1 has none: its first mapping) the retry of the second mapping.
-  if (version_1()) {
+  if (stage1()) {
+    // The invalidation of all three with its repetitions, then the one that the first retry owes.
+    failing_->add({.request = unmap_call(), .nth = 1, .times = 8, .os_errno = EBUSY, .after_call = false});
+  } else if (version_1()) {
     failing_->add({.request = unmap_call(), .nth = 2, .times = 2, .os_errno = EBUSY, .after_call = false});
   } else {
     failing_->add({.request = unmap_call(), .nth = 1, .times = 1, .os_errno = EBUSY, .after_call = false});
@@ -282,7 +286,8 @@ TEST_P(EngineContract, a_failing_part_of_a_merged_unmap_fails_alone_and_stays_ou
       EXPECT_TRUE(cannot_read(*witness_, iova, memory.page(i)));
       EXPECT_TRUE(address_space_.map(request(iova.value, memory.page(i))).ok());
     } else {
-      EXPECT_TRUE(reads(*witness_, iova, memory.page(i))) << "the kernel kept it, and so must we";
+      // First-stage entries are cleared by then, and whether the device still knows them is its affair.
+      EXPECT_TRUE(stage1() || reads(*witness_, iova, memory.page(i))) << "the kernel kept it, and so must we";
       EXPECT_EQ(address_space_.map(request(iova.value, memory.page(i))).error.code, Errc::quarantined);
     }
   }

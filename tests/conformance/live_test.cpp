@@ -63,10 +63,10 @@ class LiveContract : public Conformance {
 
 TEST_P(LiveContract, what_a_device_wrote_is_told_also_after_its_unmap) {
   const bool may_track = GetParam() == Interface::iommufd || GetParam() == Interface::type1_v2;
-  if (GetParam() == Interface::spapr_v1 || GetParam() == Interface::spapr_v2) {
+  if (spapr() || stage1()) {
     AddressSpaceConfig config;
     config.dirty_tracking = true;
-    EXPECT_EQ(engine_.create_address_space(config).error().code, Errc::unsupported) << "sPAPR records no writes";
+    EXPECT_EQ(engine_.create_address_space(config).error().code, Errc::unsupported) << "they record no writes";
     return;
   }
   first_ = make(true);
@@ -127,7 +127,7 @@ TEST_P(LiveContract, a_device_moves_while_both_address_spaces_work) {
   BackendSpace* const first_inner = inner_;
   second_ = make(false);
   BackendSpace* const second_inner = inner_;
-  const bool gapless = GetParam() == Interface::iommufd;
+  const bool gapless = by_cdev();
   // A resident keeps the second space alive on type1, where a container without a group accepts no maps.
   const auto resident = second_.attach({.pci_address = machine_->devices()[1]});
   ASSERT_TRUE(resident) << resident.error().message();

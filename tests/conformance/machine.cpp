@@ -25,8 +25,11 @@ bool machine_can_have(backends::Interface interface) {
   const bool spapr = interface == backends::Interface::spapr_v1 || interface == backends::Interface::spapr_v2;
 #if defined(__powerpc64__)
   return !in_lab() || spapr;
-#else
+#elif defined(__aarch64__)
   return !in_lab() || !spapr;
+#else
+  // No emulated IOMMU of this architecture nests; which POWER has no iommufd for at all.
+  return !in_lab() || (!spapr && interface != backends::Interface::stage1);
 #endif
 }
 

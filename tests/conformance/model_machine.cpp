@@ -57,6 +57,7 @@ std::unique_ptr<Machine> make_model_machine(const MachineOptions& options) {
     host.spapr = model::SpaprOptions{};
     for (model::DeviceOptions& device : host.devices) device.reserved.clear();
   }
+  if (options.interface == Interface::stage1) host.iommus.front().nesting = model::Nesting::smmuv3;
   auto kernel = model::ModelKernel::create(host);
   EXPECT_TRUE(kernel) << kernel.error().message();
   return kernel ? std::make_unique<ModelMachine>(std::move(*kernel)) : nullptr;

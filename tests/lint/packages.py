@@ -10,7 +10,7 @@ from pathlib import Path
 
 import sources
 
-SCOPES = {"run", "test", "lab", "bench", "ppc64le"}
+SCOPES = {"run", "test", "lab", "bench", "arm64", "ppc64le"}
 
 
 def check(root: Path) -> list[str]:

@@ -30,8 +30,13 @@ TEST(ProbeTest, a_whole_host_offers_everything_and_auto_takes_iommufd) {
   const auto kernel = make_host();
   const auto host = probe_host(*kernel);
   ASSERT_TRUE(host) << host.error().message();
-  ASSERT_EQ(host->interfaces.size(), 7U);
+  ASSERT_EQ(host->interfaces.size(), 8U);
   for (const InterfaceReport& interface : host->interfaces) {
+    if (interface.interface == Interface::stage1) {
+      EXPECT_FALSE(interface.usable);
+      EXPECT_FALSE(interface.reason.empty() || interface.cure.empty());
+      continue;
+    }
     if (interface.interface == Interface::spapr_v2 || interface.interface == Interface::spapr_v1) {
       EXPECT_FALSE(interface.usable);
       EXPECT_NE(interface.reason.find("POWER"), std::string::npos) << interface.reason;
@@ -57,6 +62,51 @@ TEST(ProbeTest, a_whole_host_offers_everything_and_auto_takes_iommufd) {
   ASSERT_NE(copy, host->parity.end());
   EXPECT_TRUE(copy->iommufd && !copy->type1 && !copy->compat);
   EXPECT_EQ(kernel->usage(), model::ModelUsage{}) << "the probe left something behind";
+}
+
+std::unique_ptr<model::ModelKernel> make_nesting_host(bool viommu, bool coherent) {
+  model::ModelOptions options;
+  options.iommus.front().nesting = model::Nesting::smmuv3;
+  options.iommus.front().coherent = coherent;
+  options.viommu = viommu;
+  return *model::ModelKernel::create(options);
+}
+
+TEST(ProbeTest, auto_prefers_stage1_where_the_iommu_nests) {
+  const auto kernel = make_nesting_host(true, true);
+  for (const bool attach : {true, false}) {
+    const auto host = probe_host(*kernel, {.attach_devices = attach, .ask_nesting = true});
+    ASSERT_TRUE(host);
+    EXPECT_EQ(host->choice, Interface::stage1) << host->why;
+    EXPECT_NE(host->why.find("store"), std::string::npos) << host->why;
+    EXPECT_TRUE(report_of(*host, Interface::stage1).usable) << report_of(*host, Interface::stage1).reason;
+    EXPECT_TRUE(std::any_of(host->parity.begin(), host->parity.end(), [](const ParityLine& l) {
+      return l.capability == Capability::map_is_store && l.stage1 && !l.iommufd;
+    }));
+  }
+  const auto backend = open_backend(*kernel, {});
+  ASSERT_TRUE(backend);
+  EXPECT_EQ((*backend)->interface(), Interface::stage1);
+  const auto untouched = probe_host(*kernel, {.attach_devices = false});
+  EXPECT_EQ(untouched->choice, Interface::iommufd) << "nobody may be asked";
+  EXPECT_NE(report_of(*untouched, Interface::stage1).reason.find("not asked"), std::string::npos);
+}
+
+TEST(ProbeTest, a_host_that_does_not_nest_says_why) {
+  struct Case {
+    bool viommu, coherent;
+    const char* word;
+  };
+  for (const Case& c : {Case{false, true, "6.13"}, Case{true, false, "coherent"}}) {
+    const auto kernel = make_nesting_host(c.viommu, c.coherent);
+    const auto host = probe_host(*kernel);
+    ASSERT_TRUE(host);
+    const InterfaceReport& stage1 = report_of(*host, Interface::stage1);
+    EXPECT_FALSE(stage1.usable);
+    EXPECT_NE(stage1.reason.find(c.word), std::string::npos) << stage1.reason;
+    EXPECT_EQ(host->choice, Interface::iommufd);
+    EXPECT_EQ(kernel->usage(), model::ModelUsage{});
+  }
 }
 
 TEST(ProbeTest, without_attaching_nothing_is_touched) {
@@ -145,7 +195,7 @@ TEST(ProbeTest, a_device_in_use_is_reported_and_left_alone) {
 
 TEST(OpenTest, names_are_checked) {
   const auto kernel = make_host();
-  for (const char* name : {"auto", "iommufd", "type1", "type1-v1", "compat", "compat-v1"}) {
+  for (const char* name : {"auto", "iommufd", "type1", "type1-v1", "compat", "compat-v1", "stage1"}) {
     const auto opened = open_backend(*kernel, {.name = name});
     EXPECT_TRUE(opened) << name << ": " << opened.error().message();
   }

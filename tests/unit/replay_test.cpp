@@ -300,7 +300,7 @@ INSTANTIATE_TEST_SUITE_P(Lies, Verification,
                                          std::pair{LyingTarget::Lie::fails, "event 100, "}));
 
 TEST(ReplayHost, SaysWhatItLacks) {
-  EXPECT_NE(Host::open("modell", "").error().detail().find("there are: auto, iommufd"), std::string::npos);
+  EXPECT_NE(Host::open("modell", "").error().detail().find("there are: auto, stage1, iommufd"), std::string::npos);
   EXPECT_EQ(Host::open("model:nothing", "").error().code, Errc::invalid_argument);
   EXPECT_EQ(Host::open("model", "0000:99:00.0").error().code, Errc::no_device);
 }

@@ -72,11 +72,11 @@ std::string memlock_text(const backends::MemlockUse& use) {
 
 std::string parity_text(const HostReport& host) {
   if (host.parity.empty()) return {};
-  Table table{{{"feature"}, {"iommufd"}, {"type1"}, {"compat"}, {"spapr"}}};
+  Table table{{{"feature"}, {"iommufd"}, {"type1"}, {"compat"}, {"spapr"}, {"stage1"}}};
   const auto mark = [](bool has) { return has ? "yes" : "-"; };
   for (const auto& line : host.parity)
     table.add({std::string{backends::to_string(line.capability)}, mark(line.iommufd), mark(line.type1),
-               mark(line.compat), mark(line.spapr)});
+               mark(line.compat), mark(line.spapr), mark(line.stage1)});
   return table.text() + '\n';
 }
 
@@ -179,7 +179,8 @@ Json probe_json(const HostReport& host) {
                       {"iommufd", line.iommufd},
                       {"type1", line.type1},
                       {"compat", line.compat},
-                      {"spapr", line.spapr}});
+                      {"spapr", line.spapr},
+                      {"stage1", line.stage1}});
   return {{"format", 1},
           {"kernel", host.kernel},
           {"choice", host.choice ? backends::to_string(*host.choice) : "model"},

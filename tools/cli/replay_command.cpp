@@ -146,9 +146,10 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
   CLI::App* const replay = app.add_subcommand("replay", "Replay traces through the engine, check and time it");
   replay->add_option("trace", arguments->traces, "Files that 'iovane trace import' wrote")->required();
   replay
-      ->add_option("--backend", arguments->backend,
-                   "auto (what 'iovane probe' picks, else model), iommufd, type1, type1-v1, compat, compat-v1, or the "
-                   "software IOMMU imitating one: model, model:type1, ...")
+      ->add_option(
+          "--backend", arguments->backend,
+          "auto (what 'iovane probe' picks, else model), stage1, iommufd, type1, type1-v1, compat, compat-v1, or the "
+          "software IOMMU imitating one: model, model:type1, ...")
       ->capture_default_str();
   replay->add_option("--device", arguments->device,
                      "PCI address of the device to attach (default: the first possible)");

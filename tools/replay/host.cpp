@@ -16,13 +16,14 @@ namespace iovane::replay {
 namespace {
 
 constexpr std::string_view backend_names =
-    "auto, iommufd, type1, type1-v1, compat, compat-v1, and the software IOMMU: model, model:type1, model:type1-v1, "
-    "model:compat, model:compat-v1";
+    "auto, stage1, iommufd, type1, type1-v1, compat, compat-v1, and the software IOMMU: model, model:stage1, "
+    "model:type1, model:type1-v1, model:compat, model:compat-v1";
 
 Bytes accounted(const backends::MemlockUse& use) noexcept { return {use.locked.value + use.pinned.value}; }
 
-Result<std::unique_ptr<backends::model::ModelKernel>> make_model() {
+Result<std::unique_ptr<backends::model::ModelKernel>> make_model(bool nests) {
   backends::model::ModelOptions options;
+  if (nests) options.iommus.front().nesting = backends::model::Nesting::smmuv3;
   options.memory_check = backends::model::MemoryCheck::none;  // the guest memory is there, populated
   return backends::model::ModelKernel::create(options);
 }
@@ -56,6 +57,7 @@ Result<void> Host::choose(const std::string& backend, backends::ProbeOptions::Me
   if (backend == "auto" || backend == "iommufd") {
     backends::ProbeOptions options;
     options.attach_devices = false;
+    options.ask_nesting = backend == "auto";
     options.measure = measure;
     const auto report = backends::probe_host(*kernel_, options);
     if (!report) return report.error();
@@ -71,7 +73,7 @@ Result<void> Host::choose(const std::string& backend, backends::ProbeOptions::Me
     kernel_.reset();
   }
   if (!kernel_) {
-    auto created = make_model();
+    auto created = make_model(interface_ == "stage1");
     if (!created) return created.error();
     model_ = created->get();
     kernel_ = *std::move(created);

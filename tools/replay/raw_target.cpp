@@ -89,6 +89,10 @@ Result<std::unique_ptr<RawTarget>> RawTarget::open(Host& host, const GuestMemory
   target->recorder_ = std::make_unique<Recorder>(host.kernel());
   auto backend = host.open_backend(*target->recorder_);
   if (!backend) return backend.error();
+  if ((*backend)->interface() == backends::Interface::stage1)
+    return base::fail(Errc::unsupported, Stage::open, 0,
+                      "stage-1 mode maps without kernel calls: there is no raw loop of them; use the baselines of "
+                      "iommufd or type1");
   target->backend_ = *std::move(backend);
   auto space = target->backend_->create_space({});
   if (!space) return space.error();

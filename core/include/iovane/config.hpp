@@ -47,9 +47,9 @@ struct PinLimits {
 };
 
 struct EngineConfig {
-  /// "auto", "iommufd", "type1" (v2), "type1-v1", "compat", "compat-v1" (type1's calls on /dev/iommu), or the software
-  /// IOMMU: "model", "model:type1", "model:type1-v1", "model:compat", "model:compat-v1".
-  /// The environment variable IOVANE_BACKEND stands in for "auto".
+  /// "auto", "stage1", "iommufd", "type1" (v2), "type1-v1", "compat", "compat-v1" (type1's calls on /dev/iommu), or the
+  /// software IOMMU: "model", "model:type1", "model:type1-v1", "model:compat", "model:compat-v1". The environment
+  /// variable IOVANE_BACKEND stands in for "auto".
   std::string backend = "auto";
   /// "auto" may open an idle device on each interface, once per boot, and time some maps and unmaps (40 ms of them, and
   /// whatever the device's reset takes); see docs/LIVE.md. "iommufd" uses a measurement that is on file to choose

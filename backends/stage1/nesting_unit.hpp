@@ -1,0 +1,79 @@
+// An IOMMU that nests two stages: its nesting parent, its vIOMMU, and what its first stage must look like.
+#pragma once
+
+#include <bitset>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "backends/iommufd/iommufd_space.hpp"
+#include "backends/stage1/smmuv3.hpp"
+#include "backends/stage1/table_format.hpp"
+
+namespace iovane::backends::stage1 {
+
+/// What GET_HW_INFO says about the first stage behind a device.
+struct FirstStage {
+  TableFormat format = smmuv3_format();
+  unsigned levels = 4;
+  unsigned levels_least = 3;
+  unsigned levels_most = 4;
+  bool range_invalidation = false;
+  bool invalidate_after_map = false;  ///< it may remember that nothing was there
+  std::uint32_t output_size = 0;      ///< SMMUv3: code of the address size
+};
+
+/// unsupported, with the reason, where the hardware's first stage is not one that we write.
+Result<FirstStage> first_stage_of(Kernel& kernel, int fd, const iommufd::BoundDevice& device);
+
+/// One per IOMMU that a device of the descriptor is behind; all address spaces share it.
+struct NestingUnit {
+  std::uint32_t parent = 0;  ///< HWPT: every intermediate address of the descriptor
+  bool own_parent = false;   ///< not the staging's holder
+  std::uint32_t viommu = 0;  ///< 0 where nested tables hang on the parent itself (VT-d)
+  FirstStage first_stage;
+};
+
+/// A device with what it needs on its unit.
+struct NestedDevice {
+  iommufd::BoundDevice bound;
+  NestingUnit* unit = nullptr;
+  std::uint32_t vdevice = 0;  ///< 0: none
+};
+
+/// What the stage-1 spaces of one /dev/iommu share. Outlives them.
+class SharedNesting {
+ public:
+  SharedNesting(Kernel& kernel, KernelFd fd, bool exclusive, std::vector<IovaRange> avoid);
+  ~SharedNesting();
+
+  Kernel& kernel() const noexcept { return shared_.kernel(); }
+  int fd() const noexcept { return shared_.fd(); }
+  iommufd::SharedDescriptor& descriptor() noexcept { return shared_; }
+  iommufd::Staging& parent() noexcept { return shared_.staging(); }
+
+  /// Binds a device and finds or makes its unit. Control plane.
+  Result<NestedDevice> bind(const DeviceSource& source);
+  void unbind(NestedDevice& device) noexcept;
+
+  /// A unit that a device is or was behind; null before the first one.
+  const NestingUnit* first_unit() noexcept;
+
+  /// A number that tags this address space's translations; 0 when all are taken.
+  std::uint16_t take_asid() noexcept;
+  /// Precondition: no IOMMU knows a translation with it any more.
+  void give_asid(std::uint16_t asid) noexcept;
+
+ private:
+  Result<NestingUnit*> unit_for(const iommufd::BoundDevice& device);
+  Result<NestingUnit*> make_unit(const iommufd::BoundDevice& device, const FirstStage& first_stage);
+  int make_viommu(const iommufd::BoundDevice& device, NestingUnit& unit) noexcept;
+
+  iommufd::SharedDescriptor shared_;
+  std::mutex mutex_;  // control plane: guards everything below
+  std::vector<std::unique_ptr<NestingUnit>> units_;
+  std::bitset<65536> asids_;
+};
+
+}  // namespace iovane::backends::stage1

@@ -1,0 +1,196 @@
+// TableEditor: maps and unmaps by storing entries, from several threads, without a lock.
+//
+// Roles. Any thread may map and unmap ranges that no other thread is working on (the engine's index sees to that); the
+//   ranges may lie in the same table. The device's walker reads all the while. Each batch uses a Session of its own.
+// Progress. Lock-free: a thread stopped anywhere holds up nobody. Where a thread finds another's unfinished step in an
+//   entry it needs, it finishes that step itself (`draining`, `cutting` below). Growing the pool and invalidating are
+//   system calls.
+// Lifetimes. Tables above level 0 stay until the editor goes: one page per GiB of addresses ever touched. Level-0
+// tables
+//   that became empty stay for reuse and are collected when the pool would have to grow (trim()). A level-1 entry with
+//   a table keeps it: a block of 2 MiB is used only where there is none.
+// State of a level-0 table: PageState::users = valid entries + sessions inside, or `dead`.
+// I1. A session that counted itself in (and then saw the table still in its place) keeps it there: a table leaves only
+//   through users 0 -> dead, and nobody enters a dead one.
+// I2. A table that left its place is given back only after an invalidation that covers what walkers may know of it. Its
+//   place says `draining` until then; whoever needs the place earlier makes that invalidation himself.
+// I3. No entry goes from valid to another valid value: a block is cut by block -> `cutting` -> (invalidation) -> table,
+//   with a moment in between in which the device faults (break before make).
+// I4. An entry that was cleared is not used again before its invalidation completed: that is the caller's part.
+// Linearization: map, the store of each entry; unmap, the store of 0; entering, the exchange that counts; leaving a
+//   place, the exchange of 0 for dead.
+// Edges: R.entry / A.entry - an entry's store is a release and a walk's load an acquire (the device's walker is ordered
+//   by its own address dependency), so whoever follows a pointer finds a complete table. R.users / A.users - what a
+//   session stored in a table happened before whoever finds it empty.
+// Failure and undo: map() checks that everything is free before it writes; if tables run out in the middle it says how
+//   far it came and the caller unmaps that. A failed invalidation leaves everything as it was.
+// Proven by tests/unit/stage1_table_test.cpp (exhaustive small cases), tests/model/stage1_model_test.cpp,
+//   tests/stress/stage1_stress_test.cpp (TSan).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "backends/stage1/table_format.hpp"
+#include "backends/stage1/table_pool.hpp"
+#include "iovane/types.hpp"
+
+namespace iovane::backends::stage1 {
+
+/// The devices' walkers, as far as the editor needs them.
+class TableWalkers {
+ public:
+  virtual ~TableWalkers() = default;
+  /// When it returns true, no walker uses anything it read for `range` before the call: neither leaves nor tables. Any
+  /// thread; a system call.
+  virtual bool forget(IovaRange range) noexcept = 0;
+};
+
+enum class MapVerdict : std::uint8_t { done, occupied, no_tables };
+
+class TableEditor {
+ public:
+  /// A batch's place in the tables: the level-0 table used last is counted in once and out once.
+  class Session {
+   public:
+    explicit Session(TableEditor& editor) noexcept : editor_{editor} {}
+    ~Session() { leave(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+    void leave() noexcept;
+
+   private:
+    friend class TableEditor;
+    static constexpr std::uint64_t nowhere = ~std::uint64_t{0};
+    TableEditor& editor_;
+    std::uint64_t region_ = nowhere;  // iova >> 21
+    Table* table_ = nullptr;
+    std::uint32_t change_ = 0;  // of the number of valid entries, modulo 2^32
+  };
+
+  TableEditor(const TableFormat& format, unsigned levels, TablePool& pool, TableWalkers& walkers) noexcept
+      : format_{format}, levels_{levels}, pool_{pool}, walkers_{walkers} {}
+  TableEditor(const TableEditor&) = delete;
+  TableEditor& operator=(const TableEditor&) = delete;
+
+  /// Takes the root. False without a page for it.
+  bool open() noexcept;
+  std::uint64_t root_address() const noexcept { return pool_.address_of(root_); }
+  const TableFormat& format() const noexcept { return format_; }
+  unsigned levels() const noexcept { return levels_; }
+
+  /// Makes `range` lead to `address`; both multiples of 4 KiB, the range within what the levels translate. `mark` as in
+  /// TableFormat::leaf(). `large`: blocks where both are aligned. On no_tables the first `written` bytes are mapped.
+  MapVerdict map(Session& session, IovaRange range, std::uint64_t address, Access access, std::uint64_t mark,
+                 bool large, std::uint64_t& written) noexcept;
+
+  /// Clears what is mapped inside `range`, cutting blocks at its borders. `cleared(iova, bytes, entry)` is called for
+  /// each leaf. False when a block could not be cut (no table, or its invalidation failed): what came before it is
+  /// cleared.
+  template <typename Cleared>
+  bool unmap(Session& session, IovaRange range, Cleared&& cleared) noexcept {
+    const std::uint64_t region = range.start.value >> shift_of(1);
+    if (region == range.last.value >> shift_of(1)) {
+      const Place place = session.region_ == region ? Place::table : enter(session, range.start.value, false);
+      if (place == Place::table) [[likely]]
+        clear_entries(session, range, cleared);
+      if (place != Place::block) return true;
+    }
+    return clear(session, root_, levels_ - 1, 0, range, cleared);
+  }
+
+  /// Whether nothing is mapped in `range`. Meaningful while nobody maps there.
+  bool is_free(IovaRange range) noexcept {
+    Session session{*this};
+    return is_free(session, root_, levels_ - 1, 0, range);
+  }
+
+  /// The leaf that translates `iova`, and its level; 0 for none.
+  std::uint64_t find(Iova iova, unsigned& level) noexcept;
+
+  /// Collects empty level-0 tables: how many.
+  std::size_t trim() noexcept;
+
+  static constexpr std::uint32_t trim_from = 1024;  ///< tables in use before growing thinks of collecting
+
+ private:
+  using Entry = std::atomic<std::uint64_t>;
+  enum class Place : std::uint8_t { table, block, absent, exhausted };
+  struct Collected {
+    Entry* place;
+    Table* table;
+  };
+  static constexpr std::size_t collect_max = 256;
+
+  Table* table_at(std::uint64_t entry) const noexcept { return pool_.at(format_.address(entry)); }
+  Table* new_table() noexcept;
+  Table* new_upper_table() noexcept;
+  Place enter(Session& session, std::uint64_t iova, bool create) noexcept;
+  Table* upper_table(std::uint64_t iova, bool create, Place& otherwise) noexcept;
+  bool count_in(Table* table) noexcept;
+  bool cut(Entry& place, unsigned level, std::uint64_t base, std::uint64_t entry) noexcept;
+  bool finish_cut(Entry& place, unsigned level, std::uint64_t iova, std::uint64_t entry) noexcept;
+  bool is_free(Session& session, const Table* table, unsigned level, std::uint64_t base, IovaRange range) noexcept;
+  bool put_block(std::uint64_t iova, std::uint64_t address, std::uint64_t left, Access access, std::uint64_t mark,
+                 std::uint64_t& step) noexcept;
+  bool collect_below(Table* table, unsigned level, std::size_t& total, Collected* list, std::size_t& count) noexcept;
+  bool let_go(Collected* list, std::size_t count) noexcept;
+
+  template <typename Cleared>
+  static void clear_entries(Session& session, IovaRange range, Cleared& cleared) noexcept {
+    const std::size_t first = index_of(range.start.value, 0);
+    const std::size_t count = (range.span() >> 12) + 1;
+    for (std::size_t i = 0; i < count; ++i) {
+      Entry& place = session.table_->entries[first + i];
+      // relaxed: the range is ours.
+      const std::uint64_t entry = place.load(std::memory_order_relaxed);
+      if (entry == 0) continue;
+      place.store(0, std::memory_order_relaxed);  // relaxed: the invalidation that follows orders it
+      --session.change_;
+      cleared(range.start.value + i * page_bytes, page_bytes, entry);
+    }
+  }
+
+  template <typename Cleared>
+  bool clear(Session& session, Table* table, unsigned level, std::uint64_t base, IovaRange range,
+             Cleared& cleared) noexcept {
+    const std::uint64_t first = range.start.value <= base ? 0 : (range.start.value - base) >> shift_of(level);
+    for (std::uint64_t i = first; i < entries_per_table; ++i) {
+      const std::uint64_t start = base + i * bytes_of(level);
+      const IovaRange covered{Iova{start}, Iova{start + bytes_of(level) - 1}};
+      if (covered.start > range.last) break;
+      Entry& place = table->entries[i];
+      std::uint64_t entry = place.load(std::memory_order_acquire);  // A.entry
+      EntryKind kind = format_.kind(entry, level);
+      if (kind == EntryKind::empty || kind == EntryKind::draining) continue;
+      if (kind == EntryKind::leaf) {
+        if (range.contains(covered)) {
+          place.store(0, std::memory_order_relaxed);  // relaxed: as in clear_entries()
+          cleared(start, bytes_of(level), entry);
+          continue;
+        }
+        if (!cut(place, level, start, entry)) return false;
+      } else if (kind == EntryKind::cutting && !finish_cut(place, level, start, entry)) {
+        return false;
+      }
+      const IovaRange part = *covered.intersection(range);
+      if (level > 1) {
+        entry = place.load(std::memory_order_acquire);  // A.entry
+        if (format_.kind(entry, level) != EntryKind::table) continue;
+        if (!clear(session, table_at(entry), level - 1, start, part, cleared)) return false;
+      } else if (session.region_ == start >> shift_of(1) || enter(session, start, false) == Place::table) {
+        clear_entries(session, part, cleared);
+      }
+    }
+    return true;
+  }
+
+  const TableFormat format_;
+  const unsigned levels_;
+  TablePool& pool_;
+  TableWalkers& walkers_;
+  Table* root_ = nullptr;
+  std::atomic<std::uint32_t> trim_at_{trim_from};
+};
+
+}  // namespace iovane::backends::stage1

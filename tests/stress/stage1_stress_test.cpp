@@ -1,0 +1,87 @@
+// Threads map and unmap in the same first-stage tables, tables are collected meanwhile, and a walker with caches reads.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <vector>
+
+#include "support/first_stage_walker.hpp"
+#include "support/seed.hpp"
+
+namespace iovane::test {
+namespace {
+
+constexpr std::uint64_t k4 = 4096, m2 = 2U << 20;
+
+IovaRange at(std::uint64_t iova, std::uint64_t bytes) { return *IovaRange::from_length(Iova{iova}, Bytes{bytes}); }
+
+TEST(Stage1Stress, disjoint_ranges_in_shared_tables_never_disturb_each_other) {
+  constexpr unsigned threads = 3;
+  constexpr std::uint64_t regions = 24;
+  TableWorld world{smmuv3_format(), 4, 1U << 12};
+  std::atomic<bool> stop{false};
+  std::atomic<std::uint64_t> pairs{0}, collected{0};
+  const std::uint64_t first_seed = seed();
+  std::vector<std::thread> workers;
+  for (unsigned t = 0; t < threads; ++t) {
+    workers.emplace_back([&, t] {
+      Random random{first_seed + t};
+      while (!stop.load(std::memory_order_relaxed)) {  // relaxed: only ends the loop
+        // Thread t owns every page of number t modulo `threads`; all of them lie in the same tables.
+        const std::uint64_t region = random.below(regions) * m2;
+        const std::uint64_t iova = region + (random.below(512 / threads) * threads + t) * k4;
+        const std::uint64_t memory = (1 + random.below(1U << 20)) * k4;
+        const MapVerdict verdict = world.map(at(iova, k4), memory);
+        if (verdict == MapVerdict::no_tables) continue;
+        ASSERT_EQ(verdict, MapVerdict::done);
+        ASSERT_EQ(world.walker.translate(iova), memory);
+        ASSERT_EQ(world.unmap(at(iova, k4)), k4);
+        ASSERT_EQ(world.walker.translate(iova), std::nullopt);
+        pairs.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count
+      }
+    });
+  }
+  workers.emplace_back([&] {
+    while (!stop.load(std::memory_order_relaxed)) {                         // relaxed: only ends the loop
+      collected.fetch_add(world.editor.trim(), std::memory_order_relaxed);  // relaxed: a count
+      std::this_thread::yield();
+    }
+  });
+  std::this_thread::sleep_for(std::chrono::seconds{2});
+  stop.store(true, std::memory_order_relaxed);  // relaxed: join() orders the rest
+  for (std::thread& worker : workers) worker.join();
+  EXPECT_GT(pairs.load(std::memory_order_relaxed), 100U);
+  EXPECT_GT(collected.load(std::memory_order_relaxed), 0U);
+  EXPECT_TRUE(world.editor.is_free(at(0, regions * m2)));
+  world.editor.trim();
+  // Root and two upper tables, and what helpers left behind (a page each time a collector lost its place to one).
+  std::printf("%llu pairs, %llu tables collected, %u in use at the end\n",
+              static_cast<unsigned long long>(pairs.load(std::memory_order_relaxed)),
+              static_cast<unsigned long long>(collected.load(std::memory_order_relaxed)), world.pool.taken());
+  EXPECT_LE(world.pool.taken(), 3U + 8U);
+}
+
+TEST(Stage1Stress, threads_cut_the_same_block_each_for_its_own_part) {
+  TableWorld world{smmuv3_format(), 3};
+  for (int round = 0; round < 300; ++round) {
+    ASSERT_EQ(world.map(at(0, m2), 8 * m2), MapVerdict::done);
+    std::atomic<int> ready{0};
+    const auto cut = [&](std::uint64_t from, std::uint64_t bytes) {
+      ready.fetch_add(1, std::memory_order_relaxed);  // relaxed: only a start line
+      while (ready.load(std::memory_order_relaxed) < 2) {
+      }
+      EXPECT_EQ(world.unmap(at(from, bytes)), bytes);
+    };
+    std::thread other{[&] { cut(0, 100 * k4); }};
+    cut(200 * k4, 7 * k4);
+    other.join();
+    EXPECT_EQ(world.walker.translate(150 * k4), 8 * m2 + 150 * k4);
+    EXPECT_EQ(world.walker.translate(203 * k4), std::nullopt);
+    EXPECT_EQ(world.unmap(at(0, m2)), (512 - 107) * k4);
+    world.editor.trim();
+  }
+}
+
+}  // namespace
+}  // namespace iovane::test

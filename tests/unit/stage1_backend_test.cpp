@@ -1,0 +1,318 @@
+// Stage-1 mode on the software IOMMU: what the conformance suite cannot see.
+#include <gtest/gtest.h>
+
+#include "backends/kernel_decorators.hpp"
+#include "backends/model/model_kernel.hpp"
+#include "backends/open.hpp"
+#include "backends/uapi/iommufd.hpp"
+#include "conformance/memory.hpp"
+
+namespace iovane::test {
+namespace {
+
+using namespace backends;
+using model::Nesting;
+
+constexpr std::uint64_t k4 = 4096, m2 = 2U << 20;
+constexpr std::uint64_t base = 0x1000'0000;
+
+IovaRange at(std::uint64_t iova, std::uint64_t pages) { return *IovaRange::from_length(Iova{iova}, Bytes{pages * k4}); }
+
+/// Says that an invalidation was done and does nothing, as long as it is told to.
+class DeafKernel final : public KernelDecorator {
+ public:
+  using KernelDecorator::KernelDecorator;
+  long ioctl(int fd, unsigned long request, void* argument) noexcept override {
+    if (deaf && request == uapi::iommufd::HwptInvalidate::request) return 0;
+    if (stop_after >= 0 && request == uapi::iommufd::HwptInvalidate::request) {
+      // Handles that many entries, then fails.
+      auto& call = *static_cast<uapi::iommufd::HwptInvalidate*>(argument);
+      const std::uint32_t wanted = call.entry_num;
+      if (wanted > static_cast<std::uint32_t>(stop_after)) {
+        call.entry_num = static_cast<std::uint32_t>(stop_after);
+        stop_after = -1;
+        if (call.entry_num != 0) inner().ioctl(fd, request, argument);
+        return -EIO;
+      }
+    }
+    return inner().ioctl(fd, request, argument);
+  }
+  bool deaf = false;
+  int stop_after = -1;
+};
+
+class Stage1Test : public testing::TestWithParam<Nesting> {
+ protected:
+  void SetUp() override { start({}); }
+  void start(model::ModelOptions options, unsigned address_bits = 0) {
+    space_.reset();
+    backend_.reset();
+    options.iommus.front().nesting = GetParam();
+    auto model = model::ModelKernel::create(options);
+    ASSERT_TRUE(model);
+    model_ = *std::move(model);
+    deaf_ = std::make_unique<DeafKernel>(*model_);
+    kernel_ = std::make_unique<CountingKernel>(*deaf_);
+    auto backend = open_backend(*kernel_, {.name = "stage1"});
+    ASSERT_TRUE(backend) << backend.error().message();
+    backend_ = *std::move(backend);
+    SpaceOptions wanted;
+    wanted.address_bits = address_bits;
+    auto space = backend_->create_space(wanted);
+    ASSERT_TRUE(space) << space.error().message();
+    space_ = *std::move(space);
+    const auto device = space_->attach({.pci_address = model_->device(0).address()});
+    ASSERT_TRUE(device) << device.error().message();
+  }
+  void TearDown() override {
+    space_.reset();
+    backend_.reset();
+    EXPECT_EQ(model_->usage(), model::ModelUsage{});
+  }
+
+  RegionId registered(const Memory& memory) {
+    return space_->register_memory({.address = memory.data(), .length = memory.length()}).value_or(RegionId{});
+  }
+  BackendOpResult run(const BackendOp& op) {
+    BackendOpResult result;
+    space_->execute({&op, 1}, {&result, 1});
+    return result;
+  }
+  BackendOpResult map(RegionId region, IovaRange range, std::uint64_t offset, Access access = Access::read_write) {
+    return run({.kind = OpKind::copy, .access = access, .region = region, .range = range, .memory = offset});
+  }
+  BackendOpResult unmap(IovaRange range) { return run({.kind = OpKind::unmap, .range = range}); }
+  bool reads(std::uint64_t iova, std::span<const std::byte> memory, std::size_t device = 0) {
+    std::array<std::byte, 64> bytes{};
+    return model_->device(device).dma_read(Iova{iova}, bytes).ok() &&
+           std::equal(bytes.begin(), bytes.end(), memory.begin());
+  }
+  std::uint64_t invalidations() const { return kernel_->calls(uapi::iommufd::HwptInvalidate::request); }
+
+  std::unique_ptr<model::ModelKernel> model_;
+  std::unique_ptr<DeafKernel> deaf_;
+  std::unique_ptr<CountingKernel> kernel_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<BackendSpace> space_;
+};
+
+TEST_P(Stage1Test, a_map_of_registered_memory_makes_no_system_call) {
+  const Memory memory{64};
+  const RegionId region = registered(memory);
+  ASSERT_TRUE(map(region, at(base, 1), 0).error.ok());  // the tables are there now
+  const std::uint64_t before = kernel_->calls();
+  for (std::uint64_t i = 1; i < 64; ++i) ASSERT_TRUE(map(region, at(base + i * k4, 1), i * k4).error.ok());
+  EXPECT_EQ(kernel_->calls(), before);
+  EXPECT_TRUE(reads(base + 63 * k4, memory.page(63)));
+  EXPECT_EQ(unmap(at(base, 64)).bytes, memory.length());
+  EXPECT_EQ(kernel_->calls(), before + 1) << "one invalidation";
+}
+
+TEST_P(Stage1Test, a_batch_of_unmaps_shares_one_invalidation) {
+  const Memory memory{200};
+  const RegionId region = registered(memory);
+  for (const std::uint64_t count : {1, 16, 63, 64, 200}) {
+    std::vector<BackendOp> ops;
+    for (std::uint64_t i = 0; i < count; ++i) {
+      ASSERT_TRUE(map(region, at(base + 2 * i * k4, 1), i * k4).error.ok());
+      ASSERT_TRUE(reads(base + 2 * i * k4, memory.page(i)));
+      ops.push_back({.kind = OpKind::unmap, .range = at(base + 2 * i * k4, 1)});
+    }
+    std::vector<BackendOpResult> results(ops.size());
+    const std::uint64_t before = invalidations();
+    space_->execute(ops, results);
+    EXPECT_EQ(invalidations(), before + 1);
+    for (std::uint64_t i = 0; i < count; ++i) {
+      EXPECT_EQ(results[i].bytes, Bytes{k4});
+      EXPECT_FALSE(reads(base + 2 * i * k4, memory.page(i)));
+    }
+  }
+}
+
+// The canary of everything above: the device keeps what it knows until it is told.
+TEST_P(Stage1Test, without_the_invalidation_the_device_still_reaches_the_page) {
+  const Memory memory{1};
+  const RegionId region = registered(memory);
+  ASSERT_TRUE(map(region, at(base, 1), 0).error.ok());
+  ASSERT_TRUE(reads(base, memory.page(0)));
+  deaf_->deaf = true;
+  ASSERT_EQ(unmap(at(base, 1)).bytes, Bytes{k4});
+  EXPECT_TRUE(reads(base, memory.page(0)));
+  deaf_->deaf = false;
+}
+
+TEST_P(Stage1Test, an_invalidation_that_stops_half_way_goes_on_from_there) {
+  const Memory memory{40};
+  const RegionId region = registered(memory);
+  for (const int stop_after : {0, 1, 17}) {
+    std::vector<BackendOp> ops;
+    for (std::uint64_t i = 0; i < 40; ++i) {
+      ASSERT_TRUE(map(region, at(base + 2 * i * k4, 1), i * k4).error.ok());
+      ASSERT_TRUE(reads(base + 2 * i * k4, memory.page(i)));
+      ops.push_back({.kind = OpKind::unmap, .range = at(base + 2 * i * k4, 1)});
+    }
+    std::vector<BackendOpResult> results(ops.size());
+    deaf_->stop_after = stop_after;
+    space_->execute(ops, results);
+    for (std::uint64_t i = 0; i < 40; ++i) {
+      EXPECT_TRUE(results[i].error.ok()) << results[i].error.message();
+      EXPECT_FALSE(reads(base + 2 * i * k4, memory.page(i))) << i;
+    }
+  }
+}
+
+TEST_P(Stage1Test, a_failed_invalidation_is_a_debt_that_is_paid_before_anything_else) {
+  const Memory memory{2};
+  const RegionId region = registered(memory);
+  FailingKernel failing{*kernel_};
+  auto backend = open_backend(failing, {.name = "stage1"});
+  ASSERT_TRUE(backend);
+  space_ = *(*backend)->create_space({});
+  ASSERT_TRUE(space_->attach({.pci_address = model_->device(1).address()}));
+  const RegionId here = registered(memory);
+  ASSERT_TRUE(map(here, at(base, 1), 0).error.ok());
+  ASSERT_TRUE(reads(base, memory.page(0), 1));
+  failing.add({.request = uapi::iommufd::HwptInvalidate::request,
+               .nth = 1,
+               .times = 100,
+               .os_errno = EIO,
+               .after_call = false});
+  EXPECT_EQ(unmap(at(base, 1)).error.code, Errc::io_error);
+  EXPECT_EQ(map(here, at(base + m2, 1), k4).error.code, Errc::io_error) << "nothing before the debt is paid";
+  failing.clear();
+  EXPECT_TRUE(map(here, at(base + m2, 1), k4).error.ok());
+  EXPECT_FALSE(reads(base, memory.page(0), 1));
+  EXPECT_TRUE(reads(base + m2, memory.page(1), 1));
+  space_.reset();
+  (void)region;
+}
+
+TEST_P(Stage1Test, unregistered_memory_is_pinned_for_its_mapping_alone) {
+  const Memory memory{4};
+  const Bytes before = model_->usage().pinned;
+  const auto address = memory.address();
+  ASSERT_TRUE(
+      run({.kind = OpKind::map, .access = Access::read_write, .range = at(base, 4), .memory = address}).error.ok());
+  EXPECT_TRUE(reads(base + 3 * k4, memory.page(3)));
+  EXPECT_EQ(model_->usage().pinned, Bytes{before.value + 4 * k4});
+  EXPECT_EQ(unmap(at(base, 1)).bytes, Bytes{k4}) << "a cut";
+  EXPECT_EQ(model_->usage().pinned, Bytes{before.value + 4 * k4});
+  EXPECT_EQ(unmap(at(base, 4)).bytes, Bytes{3 * k4});
+  EXPECT_EQ(model_->usage().pinned, before);
+}
+
+TEST_P(Stage1Test, large_memory_takes_blocks_and_can_be_cut) {
+  // Registered memory keeps its position within 2 MiB, so blocks fit.
+  const Memory memory{3 * 512};
+  const RegionId region = registered(memory);
+  const std::uint64_t skew = memory.address() & (m2 - 1);
+  const IovaRange range = at(base + skew, 3 * 512);
+  ASSERT_TRUE(map(region, range, 0).error.ok());
+  EXPECT_TRUE(reads(base + skew + 777 * k4, memory.page(777)));
+  EXPECT_EQ(unmap(at(base + skew + 777 * k4, 1)).bytes, Bytes{k4});
+  EXPECT_FALSE(reads(base + skew + 777 * k4, memory.page(777)));
+  EXPECT_TRUE(reads(base + skew + 778 * k4, memory.page(778)));
+  EXPECT_EQ(unmap(range).bytes, Bytes{memory.length().value - k4});
+}
+
+TEST_P(Stage1Test, two_spaces_of_one_descriptor_do_not_disturb_each_other) {
+  const Memory memory{2};
+  const RegionId region = registered(memory);
+  auto other = *backend_->create_space({});
+  ASSERT_TRUE(other->attach({.pci_address = model_->device(1).address()}));
+  const RegionId there = *other->register_memory({.address = memory.data(), .length = memory.length()});
+  ASSERT_TRUE(map(region, at(base, 1), 0).error.ok());
+  const BackendOp op{.kind = OpKind::copy, .access = Access::read, .region = there, .range = at(base, 1), .memory = k4};
+  BackendOpResult result;
+  other->execute({&op, 1}, {&result, 1});
+  ASSERT_TRUE(result.error.ok());
+  EXPECT_TRUE(reads(base, memory.page(0), 0));
+  EXPECT_TRUE(reads(base, memory.page(1), 1));
+  EXPECT_EQ(unmap(at(base, 1)).bytes, Bytes{k4});
+  EXPECT_FALSE(reads(base, memory.page(0), 0));
+  EXPECT_TRUE(reads(base, memory.page(1), 1));
+}
+
+TEST_P(Stage1Test, many_small_mappings_reuse_tables) {
+  const Memory memory{1};
+  constexpr std::uint64_t high = 0x1'0000'0000;  // beyond the interrupt window
+  const RegionId region = registered(memory);
+  for (std::uint64_t i = 0; i < 20'000; ++i) {
+    ASSERT_TRUE(map(region, at(high + i * m2, 1), 0).error.ok());
+    if (i % 37 == 0) {
+      ASSERT_TRUE(reads(high + i * m2, memory.page(0)));
+    }
+    ASSERT_EQ(unmap(at(high + i * m2, 1)).bytes, Bytes{k4});
+  }
+  EXPECT_LT(space_->table_memory().value, std::uint64_t{4000} * k4) << "empty tables are collected";
+}
+
+TEST_P(Stage1Test, the_width_of_addresses_can_be_chosen) {
+  start({}, 39);
+  const bool smmu = GetParam() == Nesting::smmuv3;
+  EXPECT_EQ(space_->usable_ranges()->back().last.value, (std::uint64_t{1} << (smmu ? 39 : 48)) - 1);
+  const Memory memory{1};
+  ASSERT_TRUE(map(registered(memory), at(base, 1), 0).error.ok());
+  EXPECT_TRUE(reads(base, memory.page(0)));
+  if (smmu) return;
+  start({}, 57);
+  EXPECT_EQ(space_->usable_ranges()->back().last.value, (std::uint64_t{1} << 57) - 1);
+  ASSERT_TRUE(map(registered(memory), at(std::uint64_t{1} << 55, 1), 0).error.ok());
+  EXPECT_TRUE(reads(std::uint64_t{1} << 55, memory.page(0)));
+}
+
+TEST_P(Stage1Test, a_host_that_cannot_says_why) {
+  const auto refusal = [&](const model::ModelOptions& options) {
+    auto model = model::ModelKernel::create(options);
+    auto backend = open_backend(**model, {.name = "stage1"});
+    auto space = (*backend)->create_space({});
+    const auto device = (*space)->attach({.pci_address = (*model)->device(0).address()});
+    EXPECT_FALSE(device);
+    EXPECT_EQ(device.error().code, Errc::unsupported);
+    return std::string{device.error().detail()};
+  };
+  model::ModelOptions options;
+  EXPECT_NE(refusal(options).find("kind whose first stage is not known"), std::string::npos) << refusal(options);
+  options.iommus.front().nesting = Nesting::amd;
+  EXPECT_NE(refusal(options).find("AMD"), std::string::npos);
+  options.iommus.front().nesting = Nesting::smmuv3;
+  options.viommu = false;
+  EXPECT_NE(refusal(options).find("6.13"), std::string::npos) << refusal(options);
+  options.viommu = true;
+  options.iommus.front().coherent = false;
+  EXPECT_NE(refusal(options).find("coherent"), std::string::npos) << refusal(options);
+}
+
+INSTANTIATE_TEST_SUITE_P(Units, Stage1Test, testing::Values(Nesting::smmuv3, Nesting::vtd),
+                         [](const auto& test) { return test.param == Nesting::smmuv3 ? "smmuv3" : "vtd"; });
+
+// Behind two units there are two parents over the same intermediate addresses.
+TEST(Stage1UnitsTest, one_space_serves_devices_behind_two_units) {
+  model::ModelOptions options;
+  options.iommus.assign(2, {.nesting = Nesting::smmuv3});
+  options.devices[1].iommu = 1;
+  auto model = *model::ModelKernel::create(options);
+  {
+    auto backend = *open_backend(*model, {.name = "stage1"});
+    auto space = *backend->create_space({});
+    for (const std::size_t device : {0, 1}) {
+      const auto attached = space->attach({.pci_address = model->device(device).address()});
+      ASSERT_TRUE(attached) << attached.error().message();
+    }
+    const Memory memory{1};
+    const auto region = *space->register_memory({.address = memory.data(), .length = memory.length()});
+    BackendOp op{.kind = OpKind::copy, .access = Access::read, .region = region, .range = at(base, 1), .memory = 0};
+    BackendOpResult result;
+    space->execute({&op, 1}, {&result, 1});
+    ASSERT_TRUE(result.error.ok());
+    std::array<std::byte, 16> bytes{};
+    for (const std::size_t device : {0, 1}) EXPECT_TRUE(model->device(device).dma_read(Iova{base}, bytes).ok());
+    op = {.kind = OpKind::unmap, .range = at(base, 1)};
+    space->execute({&op, 1}, {&result, 1});
+    for (const std::size_t device : {0, 1}) EXPECT_FALSE(model->device(device).dma_read(Iova{base}, bytes).ok());
+  }
+  EXPECT_EQ(model->usage(), model::ModelUsage{});
+}
+
+}  // namespace
+}  // namespace iovane::test
