@@ -143,16 +143,14 @@ void add() {
   if constexpr (requires(Peer p) { p.claim(0, 0); }) {
     for (const Lengths lengths : {Lengths::k4, Lengths::k64, Lengths::m2})
       for (const std::size_t live : {std::size_t{0}, std::size_t{10'000}})
-        benchmark::RegisterBenchmark(
-            row("claim", Peer::name, lengths, live).c_str(),
-            [=](benchmark::State& state) { measure_claim<Peer>(state, lengths, live); });
+        benchmark::RegisterBenchmark(row("claim", Peer::name, lengths, live).c_str(),
+                                     [=](benchmark::State& state) { measure_claim<Peer>(state, lengths, live); });
   }
   if constexpr (requires(Peer p) { p.find(0); }) {
     for (const Lengths lengths : {Lengths::k4, Lengths::mixed})
       for (const std::size_t live : {std::size_t{100}, std::size_t{10'000}, std::size_t{1'000'000}})
-        benchmark::RegisterBenchmark(
-            row("find", Peer::name, lengths, live).c_str(),
-            [=](benchmark::State& state) { measure_find<Peer>(state, lengths, live); });
+        benchmark::RegisterBenchmark(row("find", Peer::name, lengths, live).c_str(),
+                                     [=](benchmark::State& state) { measure_find<Peer>(state, lengths, live); });
   }
 }
 

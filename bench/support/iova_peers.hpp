@@ -48,11 +48,11 @@ class IovanePeer {
     allocator_ = std::move(*made);
   }
   void enter(unsigned /*thread*/) {}
-  std::uint64_t allocate(std::uint64_t length) {
+  [[gnu::always_inline]] std::uint64_t allocate(std::uint64_t length) {
     const auto got = allocator_->allocate(Bytes{length});
     return got ? got->start.value : 0;
   }
-  void free(std::uint64_t start, std::uint64_t length) {
+  [[gnu::always_inline]] void free(std::uint64_t start, std::uint64_t length) {
     if (!allocator_->free({Iova{start}, Iova{start + (length - 1)}})) std::abort();
   }
   bool claim(std::uint64_t start, std::uint64_t length) {
@@ -196,9 +196,7 @@ class LinuxPeer {
   std::uint64_t allocate(std::uint64_t length) {
     return linux_iova_allocate(domain_, length / granule, space_last / granule) * granule;
   }
-  void free(std::uint64_t start, std::uint64_t length) {
-    linux_iova_free(domain_, start / granule, length / granule);
-  }
+  void free(std::uint64_t start, std::uint64_t length) { linux_iova_free(domain_, start / granule, length / granule); }
   std::uint64_t find(std::uint64_t address) { return linux_iova_find(domain_, address / granule) * granule; }
 
  private:
