@@ -2,12 +2,29 @@
 
 #include <fcntl.h>
 
-#include <string_view>
-
 #include "base/error_text.hpp"
 #include "base/os_error.hpp"
 
 namespace iovane::backends {
+
+OpenFailure why_open_fails(int os_errno) noexcept {
+  switch (os_errno) {
+    case ENOENT: return {"it does not exist", "load the kernel module, or bind the device to vfio-pci"};
+    case EACCES:
+    case EPERM: return {"permission denied", "run as a user who may open it, or hand in an open descriptor"};
+    case EBUSY: return {"it is in use", "another process, or another address space of this one, has it open"};
+    case ENODEV:
+    case ENXIO: return {"the kernel has no driver behind it", "load the kernel module"};
+    default: return {};
+  }
+}
+
+std::string OpenFailure::text() const {
+  std::string whole;
+  if (!what.empty()) whole.append(": ").append(what);
+  if (!cure.empty()) whole.append("; ").append(cure);
+  return whole;
+}
 
 Result<KernelFd> open_descriptor(Kernel& kernel, const char* path, const DescriptorSource& source) {
   if (source.fd >= 0 && !source.duplicate) return KernelFd{kernel, source.fd, false};
@@ -19,12 +36,7 @@ Result<KernelFd> open_descriptor(Kernel& kernel, const char* path, const Descrip
   }
   const int fd = kernel.open(path, O_RDWR);
   if (fd >= 0) return KernelFd{kernel, fd, true};
-  std::string_view cure = "";
-  if (fd == -ENOENT) cure = "; it does not exist: load the kernel module, or bind the device to vfio-pci";
-  if (fd == -EACCES || fd == -EPERM) cure = "; run as a user who may open it, or hand in an open descriptor";
-  if (fd == -EBUSY) cure = "; another process, or another address space of this one, has it open";
-  if (fd == -ENODEV) cure = "; the kernel has no driver behind it";
-  return base::fail(base::errc_from_errno(-fd), Stage::open, -fd, "cannot open {}{}", path, cure);
+  return base::fail(base::errc_from_errno(-fd), Stage::open, -fd, "cannot open {}{}", path, why_open_fails(-fd).text());
 }
 
 }  // namespace iovane::backends

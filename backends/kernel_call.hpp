@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cerrno>
+#include <string>
+#include <string_view>
 #include <utility>
 
 #include "backends/kernel.hpp"
@@ -60,6 +62,14 @@ struct DescriptorSource {
   int fd = -1;             ///< -1: open the interface's own path
   bool duplicate = false;  ///< with `fd`: use a duplicate, so that the caller may close his
 };
+
+/// In words: why a path could not be opened, and what to do about it. Both empty where the errno says it all.
+struct OpenFailure {
+  std::string_view what;
+  std::string_view cure;
+  std::string text() const;  ///< ": what; cure", or nothing
+};
+OpenFailure why_open_fails(int os_errno) noexcept;
 
 /// Opens `path` for reading and writing, or takes the descriptor that was handed in. The error names path and cure.
 Result<KernelFd> open_descriptor(Kernel& kernel, const char* path, const DescriptorSource& source);

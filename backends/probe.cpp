@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <map>
+#include <system_error>
 
 #include "backends/iommufd/ioas_calls.hpp"
 #include "backends/kernel_call.hpp"
@@ -91,7 +92,8 @@ InterfaceReport probe_interface(Kernel& kernel, Interface interface) {
   const int fd = kernel.open(report.path.c_str(), O_RDWR);
   if (fd < 0) {
     report.present = fd != -ENOENT;
-    report.reason = open_descriptor(kernel, report.path.c_str(), {}).error().detail();
+    const std::string_view what = why_open_fails(-fd).what;
+    report.reason = fmt::format("{}: {}", report.path, what.empty() ? std::generic_category().message(-fd) : what);
     report.cure = cure_of_open(-fd, interface);
     return report;
   }

@@ -7,7 +7,6 @@
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 #include <tbb/task_group.h>
-#include <tbb/task_scheduler_observer.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -32,7 +31,6 @@
 namespace iovane::pinning {
 namespace {
 
-// TBB's workers belong to the whole process: they get our rules on entry and their own mask back on exit.
 // oneTBB opens its library for NUMA with RTLD_DEEPBIND, at which a sanitizer ends the process: no placement under them.
 #if defined(IOVANE_SANITIZED)
 std::vector<tbb::numa_node_id> numa_nodes() { return {tbb::task_arena::automatic}; }
@@ -46,31 +44,31 @@ tbb::task_arena::constraints arena_constraints(tbb::numa_node_id node, int threa
 }
 #endif
 
-class SignalBlocker final : public tbb::task_scheduler_observer {
+// TBB's workers belong to the whole process: while they run a task of ours they block all signals, afterwards they have
+// their own mask again. A scheduler observer cannot promise the second half: it is gone as soon as the last task is
+// done, workers leave the arena some time later, and then nobody tells them.
+class BlockSignalsOnWorkers {
  public:
-  explicit SignalBlocker(tbb::task_arena& arena) : tbb::task_scheduler_observer{arena} { observe(true); }
-  ~SignalBlocker() override { observe(false); }
-  void on_scheduler_entry(bool is_worker) override {
-    if (!is_worker) return;
+  explicit BlockSignalsOnWorkers(std::thread::id caller) noexcept : on_worker_{std::this_thread::get_id() != caller} {
+    if (!on_worker_) return;
     sigset_t all;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before());
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
   }
-  void on_scheduler_exit(bool is_worker) override {
-    if (is_worker) pthread_sigmask(SIG_SETMASK, &before(), nullptr);
+  ~BlockSignalsOnWorkers() {
+    if (on_worker_) pthread_sigmask(SIG_SETMASK, &before_, nullptr);
   }
+  BlockSignalsOnWorkers(const BlockSignalsOnWorkers&) = delete;
+  BlockSignalsOnWorkers& operator=(const BlockSignalsOnWorkers&) = delete;
 
  private:
-  static sigset_t& before() {
-    thread_local sigset_t mask;
-    return mask;
-  }
+  const bool on_worker_;
+  sigset_t before_{};
 };
 
 struct NodeArena {
-  NodeArena(int node, int threads) : arena{arena_constraints(node, threads)}, signals{arena} {}
+  NodeArena(int node, int threads) : arena{arena_constraints(node, threads)} {}
   tbb::task_arena arena;
-  SignalBlocker signals;
   tbb::task_group group;
   std::vector<MemoryRange> pieces;
 };
@@ -162,9 +160,14 @@ void spread_over_nodes(const std::vector<MemoryRange>& pieces, unsigned threads,
         if (nodes[n] == *bound) share = n;
     shares[share].push_back(i);
   }
+  const auto caller = std::this_thread::get_id();
   for (std::size_t n = 0; n < arenas.size(); ++n)
     arenas[n]->arena.execute([&, n] {
-      for (const std::size_t i : shares[n]) arenas[n]->group.run([&work, i] { work(i); });
+      for (const std::size_t i : shares[n])
+        arenas[n]->group.run([&work, i, caller] {
+          const BlockSignalsOnWorkers blocked{caller};
+          work(i);
+        });
     });
   for (auto& a : arenas) a->arena.execute([&] { a->group.wait(); });
 }

@@ -51,7 +51,7 @@ void IommufdSpace::execute(std::span<const BackendOp> ops, std::span<BackendOpRe
   for (std::size_t i = 0; i < ops.size(); ++i) results[i] = run(ops[i]);
 }
 
-BackendOpResult IommufdSpace::run(const BackendOp& op) noexcept {
+[[gnu::always_inline]] inline BackendOpResult IommufdSpace::run(const BackendOp& op) noexcept {
   switch (op.kind) {
     case OpKind::map: return map(op);
     case OpKind::copy: return op.range.length() < options_.copy_from ? copy_or_map(op) : copy(op);
@@ -105,7 +105,7 @@ BackendOpResult IommufdSpace::map(const BackendOp& op) noexcept {
   return {map_error("IOAS_MAP", why, op, memory), {}};
 }
 
-BackendOpResult IommufdSpace::copy(const BackendOp& op) noexcept {
+[[gnu::always_inline]] inline BackendOpResult IommufdSpace::copy(const BackendOp& op) noexcept {
   const std::uint64_t length = op.range.length().value;
   const StagedMemory* const staged = region_of(op);
   if (staged == nullptr)
@@ -127,8 +127,12 @@ BackendOpResult IommufdSpace::copy(const BackendOp& op) noexcept {
 // For lengths below SpaceOptions::copy_from.
 BackendOpResult IommufdSpace::copy_or_map(const BackendOp& op) noexcept {
   const BackendOpResult mapped = map(op);
+  if (!mapped.error || mapped.error.code == Errc::iova_busy) [[likely]]
+    return mapped;
+  // A map whose answer could not be written back fails, and stands.
+  if (mapped.error.os_errno == EFAULT && unmap(op.range).error) return mapped;
   // What a second pin meets (memlock, memory that its owner took away) a copy need not.
-  return mapped.error && mapped.error.code != Errc::iova_busy ? copy(op) : mapped;
+  return copy(op);
 }
 
 BackendOpResult IommufdSpace::unmap(IovaRange range) noexcept {

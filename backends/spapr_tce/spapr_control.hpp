@@ -68,6 +68,9 @@ class SpaprControl {
   /// The kernel (KVM's table) owns the entries in `range` from now on: they are forgotten here and stay in hardware.
   /// Returns what was forgotten. Memory that they lead to stays registered as long as its region is.
   virtual Bytes hand_to_kernel(IovaRange range) noexcept = 0;
+  /// Takes away what the kernel entered in `range` since it was handed over. Errors: busy (something of ours is mapped
+  /// there), io_error.
+  virtual Result<void> clear_handed(IovaRange range) noexcept = 0;
   /// The groups of this space, for KVM's VFIO device: borrowed descriptors, valid until the group's last device leaves.
   virtual std::vector<int> group_descriptors() const = 0;
 

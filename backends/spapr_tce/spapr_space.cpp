@@ -122,6 +122,11 @@ int SpaprSpace::map_call(IovaRange range, std::uint64_t address, Access access) 
   return call(kernel_, container_.get(), map);
 }
 
+int SpaprSpace::unmap_call(IovaRange range) noexcept {
+  uapi::Type1DmaUnmap unmap{.iova = range.start.value, .size = range.length().value};
+  return call(kernel_, container_.get(), unmap);
+}
+
 BackendOpResult SpaprSpace::map_into(TceBook& book, const BackendOp& op, const Source& source) noexcept {
   const TceRun run = book.run_of(op.range);
   const int why = map_call(op.range, source.address, op.access);
@@ -265,8 +270,7 @@ BackendOpResult SpaprSpace::unmap_in(TceBook& book, IovaRange range) noexcept {
   TceRun rest = book.run_of(range);
   while (const auto stretch = book.next_stretch(rest, hole_max)) {
     const IovaRange span = book.range_of(*stretch);
-    uapi::Type1DmaUnmap unmap{.iova = span.start.value, .size = span.length().value};
-    if (const int why = call(kernel_, container_.get(), unmap); why != 0) {
+    if (const int why = unmap_call(span); why != 0) {
       sum.error = base::fail(Errc::io_error, Stage::unmap, why,
                              "VFIO_IOMMU_UNMAP_DMA of [{:#x}, {:#x}] failed with errno {}; {} bytes before it are gone",
                              span.start.value, span.last.value, why, sum.bytes.value);
@@ -349,6 +353,20 @@ Bytes SpaprSpace::hand_to_kernel(IovaRange range) noexcept {
     }
   }
   return sum;
+}
+
+Result<void> SpaprSpace::clear_handed(IovaRange range) noexcept {
+  for (const TceBook& book : books_) {
+    const auto inside = range.intersection(book.window().range);
+    if (!inside) continue;
+    const TceRun run = book.run_of(*inside);
+    if (book.first_live(run))
+      return base::fail(Errc::busy, Stage::unmap, 0, "[{:#x}, {:#x}] was not handed to the kernel: something is mapped",
+                        inside->start.value, inside->last.value);
+    if (const int why = unmap_call(book.range_of(run)); why != 0)
+      return explain_call(Stage::unmap, "VFIO_IOMMU_UNMAP_DMA", why);
+  }
+  return {};
 }
 
 }  // namespace iovane::backends::spapr

@@ -45,6 +45,7 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   Result<SpaprWindow> create_window(const SpaprWindowRequest& request) override;
   Result<void> remove_window(Iova start) override;
   Bytes hand_to_kernel(IovaRange range) noexcept override;
+  Result<void> clear_handed(IovaRange range) noexcept override;
   std::vector<int> group_descriptors() const override { return groups_.descriptors(); }
   SpaprEeh* eeh() noexcept override { return has_eeh_ ? &eeh_ : nullptr; }
 
@@ -66,6 +67,7 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   Error check_map(const TceBook& book, const BackendOp& op, std::uint64_t address) const noexcept;
   Error map_error(int os_errno, const BackendOp& op, std::uint64_t address, const TceBook& book) noexcept;
   Error outside(IovaRange range) const noexcept;
+  int unmap_call(IovaRange range) noexcept;
   int map_call(IovaRange range, std::uint64_t address, Access access) noexcept;
   void enter(TceBook& book, TceRun run, const Source& source, Access access) noexcept;
   void leave(TceBook& book, TceRun run) noexcept;

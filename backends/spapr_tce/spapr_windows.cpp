@@ -240,6 +240,7 @@ Result<SpaprWindow> SpaprSpace::create_window(const SpaprWindowRequest& request)
                       known->levels_max, request.levels);
   LockedDifference locked{kernel_};
   int why = 0;
+  bool no_memory = false;  // at some number of levels: says more than what the last one answered
   const std::uint32_t first = request.levels != 0 ? request.levels : 1;
   const std::uint32_t last = request.levels != 0 ? request.levels : std::max(known->levels_max, 1U);
   for (std::uint32_t levels = first; levels <= last; ++levels) {
@@ -263,14 +264,20 @@ Result<SpaprWindow> SpaprSpace::create_window(const SpaprWindowRequest& request)
       add_book(*std::move(book));
       return made;
     }
+    no_memory = no_memory || why == ENOMEM;
     if (why == ENOSPC) break;  // no further window, however deep
   }
   if (why == ENOSPC || why == EBUSY)
     return base::fail(Errc::limit_reached, Stage::reserve, why,
                       "the platform makes no further window ({} exist); remove one", books_.size());
-  if (why == ENOMEM)
+  if (no_memory)
     return explain_no_memory(kernel_, MemlockAccount::process_locked, Stage::reserve, "VFIO_IOMMU_SPAPR_TCE_CREATE",
                              spapr_table_bytes_max(request.length, request.page));
+  if (why == EINVAL)
+    return base::fail(Errc::unsupported, Stage::reserve, why,
+                      "no table of {} to {} levels has room for {} bytes with pages of {} on this platform; ask for "
+                      "other levels, a smaller window or larger pages",
+                      first, last, request.length.value, request.page.value);
   return base::fail(Errc::io_error, Stage::reserve, why,
                     "VFIO_IOMMU_SPAPR_TCE_CREATE of {} bytes with pages of {} failed at up to {} levels: errno {}",
                     request.length.value, request.page.value, last, why);

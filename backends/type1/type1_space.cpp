@@ -77,6 +77,7 @@ Type1Space::Type1Space(Kernel& kernel, KernelFd container, Interface interface, 
                                                                                     : uapi::type1_v2_iommu} {
   facts_.interface = interface;
   facts_.granule = Bytes{static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))};
+  map_last_ = compat() ? iova_max : last_mappable();
   if (!version_1()) facts_.capabilities = facts_.capabilities | Capability::span_unmap;
   if (kernel.ioctl_value(container_.get(), uapi::check_extension, uapi::unmap_all) == 1)
     facts_.capabilities = facts_.capabilities | Capability::unmap_all;
@@ -98,7 +99,7 @@ void Type1Space::execute(std::span<const BackendOp> ops, std::span<BackendOpResu
   for (std::size_t i = 0; i < ops.size(); ++i) results[i] = run(ops[i]);
 }
 
-BackendOpResult Type1Space::run(const BackendOp& op) noexcept {
+[[gnu::always_inline]] inline BackendOpResult Type1Space::run(const BackendOp& op) noexcept {
   switch (op.kind) {
     case OpKind::map: return map(op);
     case OpKind::unmap: return unmap(op.range);
@@ -110,35 +111,45 @@ BackendOpResult Type1Space::run(const BackendOp& op) noexcept {
           {}};
 }
 
-Result<std::uint64_t> Type1Space::address_of(const BackendOp& op) const noexcept {
-  if (op.region.value == 0) return op.memory;
-  const MemoryRange* const region = op.region.value <= regions_.size() ? &regions_[op.region.value - 1] : nullptr;
-  const std::uint64_t length = op.range.length().value;
-  if (region == nullptr || length > region->length.value || op.memory > region->length.value - length)
-    return base::fail(Errc::invalid_argument, Stage::map, 0, "{} bytes at offset {:#x} are not inside region {}",
-                      length, op.memory, op.region.value);
-  return reinterpret_cast<std::uintptr_t>(region->address) + op.memory;
+// Where the operation's memory lies in this process; false when the region it names does not hold it.
+inline bool Type1Space::locate(const BackendOp& op, std::uint64_t& address) const noexcept {
+  address = op.memory;
+  if (op.region.value == 0) return true;
+  if (op.region.value > regions_.size()) [[unlikely]]
+    return false;
+  const MemoryRange& region = regions_[op.region.value - 1];
+  const std::uint64_t span = op.range.span();
+  if (span >= region.length.value || op.memory >= region.length.value - span) [[unlikely]]
+    return false;
+  address += reinterpret_cast<std::uintptr_t>(region.address);
+  return true;
 }
 
-BackendOpResult Type1Space::map(const BackendOp& op) noexcept {
-  if (!compat() && op.range.last > last_mappable())
-    return {base::fail(Errc::iova_reserved, Stage::map, 0,
-                       "[{:#x}, {:#x}] reaches the last granule of the address space, where kernels before 6.19 "
-                       "overflow; it is kept out of use on type1",
-                       op.range.start.value, op.range.last.value),
-            {}};
-  const auto address = address_of(op);
-  if (!address) return {address.error(), {}};
+[[gnu::always_inline]] inline BackendOpResult Type1Space::map(const BackendOp& op) noexcept {
+  std::uint64_t address = 0;
+  if (op.range.last > map_last_ || !locate(op, address)) [[unlikely]]
+    return {bad_map(op), {}};
   if (version_1() && !starts_.prepare())
     return {base::fail(Errc::out_of_memory, Stage::map, 0, "no memory to remember a mapping"), {}};
   const std::uint64_t length = op.range.length().value;
-  uapi::Type1DmaMap map{.flags = map_flags(op.access), .vaddr = *address, .iova = op.range.start.value, .size = length};
+  uapi::Type1DmaMap map{.flags = map_flags(op.access), .vaddr = address, .iova = op.range.start.value, .size = length};
   const int why = call(kernel_, container_.get(), map);
   if (why != 0) [[unlikely]]
-    return {map_error(why, op, *address), {}};
+    return {map_error(why, op, address), {}};
   live_bytes_ += length;
   if (version_1()) starts_.insert(op.range);
   return {{}, Bytes{length}};
+}
+
+// Why the kernel was not asked.
+Error Type1Space::bad_map(const BackendOp& op) const noexcept {
+  if (op.range.last > map_last_)
+    return base::fail(Errc::iova_reserved, Stage::map, 0,
+                      "[{:#x}, {:#x}] reaches the last granule of the address space, where kernels before 6.19 "
+                      "overflow; it is kept out of use on type1",
+                      op.range.start.value, op.range.last.value);
+  return base::fail(Errc::invalid_argument, Stage::map, 0, "{} bytes at offset {:#x} are not inside region {}",
+                    op.range.length().value, op.memory, op.region.value);
 }
 
 Error Type1Space::map_error(int os_errno, const BackendOp& op, std::uint64_t address) noexcept {
@@ -181,7 +192,15 @@ BackendOpResult Type1Space::unmap_each(IovaRange range) noexcept {
   BackendOpResult sum;
   Iova from = range.start;
   while (const auto mapping = starts_.next(from, range.last)) {
-    const BackendOpResult one = unmap_once(*mapping);
+    BackendOpResult one = unmap_once(*mapping);
+    // A kernel that could not write its answer back has unmapped: then the second call finds nothing.
+    if (one.error.os_errno == EFAULT) [[unlikely]] {
+      one = unmap_once(*mapping);
+      if (!one.error && one.bytes.value == 0) {
+        one.bytes = mapping->length();
+        live_bytes_ -= one.bytes.value;
+      }
+    }
     sum.bytes.value += one.bytes.value;
     if (!one.error && one.bytes == mapping->length()) {
       starts_.erase(mapping->start);

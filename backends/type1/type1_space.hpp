@@ -64,7 +64,8 @@ class Type1Space final : public BackendSpace {
   BackendOpResult unmap_tracked(IovaRange range) noexcept;
   BackendOpResult unmap_run(IovaRange run) noexcept;
   Result<Bytes> unmap_windows() noexcept;
-  Result<std::uint64_t> address_of(const BackendOp& op) const noexcept;
+  bool locate(const BackendOp& op, std::uint64_t& address) const noexcept;
+  Error bad_map(const BackendOp& op) const noexcept;
   Error map_error(int os_errno, const BackendOp& op, std::uint64_t address) noexcept;
   bool compat() const noexcept { return ioas_ != 0; }
   bool version_1() const noexcept {
@@ -83,6 +84,7 @@ class Type1Space final : public BackendSpace {
   std::uint32_t ioas_;
   SpaceOptions options_;
   SpaceFacts facts_;
+  Iova map_last_ = iova_max;  // no map may go beyond
   VfioGroups groups_;
   DirtyHarvest* harvest_ = nullptr;  // not null: tracking is on
   std::uint64_t live_bytes_ = 0;

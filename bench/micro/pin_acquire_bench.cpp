@@ -5,10 +5,10 @@
 
 #include <memory>
 #include <mutex>
-#include <vector>
 
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
+#include "micro/pin_draw.hpp"
 #include "support/null_backend.hpp"
 
 namespace iovane {
@@ -16,7 +16,6 @@ namespace {
 
 constexpr std::uint64_t page = 4096;
 constexpr std::uint64_t base_address = 0x7f00'0000'0000;
-constexpr std::size_t draws = 1U << 16;
 
 AddressSpace open_space(const CacheConfig& config) {
   Engine engine = EngineAccess::open(std::make_unique<bench::NullBackend>(), "null");
@@ -27,14 +26,6 @@ AddressSpace open_space(const CacheConfig& config) {
   return space;
 }
 
-// splitmix64, as in tests/support/seed.hpp.
-std::uint64_t mix(std::uint64_t z) {
-  z += 0x9e37'79b9'7f4a'7c15U;
-  z = (z ^ (z >> 30)) * 0xbf58'476d'1ce4'e5b9U;
-  z = (z ^ (z >> 27)) * 0x94d0'49bb'1331'11ebU;
-  return z ^ (z >> 31);
-}
-
 // One filled space, shared by the threads of one benchmark and kept for the next of the same size.
 AddressSpace& filled(std::uint64_t regions) {
   static std::mutex lock;
@@ -43,7 +34,8 @@ AddressSpace& filled(std::uint64_t regions) {
   const std::lock_guard held{lock};
   if (has != regions) {
     space = open_space({.chunk = Bytes{page}, .regions_max = 1U << 22});
-    for (std::uint64_t i = 0; i < regions; ++i) (void)space.acquire({{}, base_address + i * page, Bytes{1}});
+    for (int use = 0; use < 2; ++use)  // pinned, and marked as used
+      for (std::uint64_t i = 0; i < regions; ++i) (void)space.acquire({{}, base_address + i * page, Bytes{1}});
     has = regions;
   }
   return space;
@@ -52,15 +44,10 @@ AddressSpace& filled(std::uint64_t regions) {
 void acquire_hit_and_release(benchmark::State& state) {
   const auto regions = static_cast<std::uint64_t>(state.range(0));
   AddressSpace& space = filled(regions);
-  const std::uint64_t reused = state.range(1) == 0 ? std::min<std::uint64_t>(64, regions) : regions;
-  std::vector<std::uint64_t> addresses(draws);
-  const auto thread = static_cast<std::uint64_t>(state.thread_index());
-  for (std::size_t i = 0; i < draws; ++i) addresses[i] = base_address + mix(i + thread * draws) % reused * page + 512;
-  std::size_t i = 0;
+  bench::Draw draw{state};
   for (auto _ : state) {
-    const auto lease = space.acquire({{}, addresses[i], Bytes{1024}});
-    benchmark::DoNotOptimize(lease->iova());
-    i = (i + 1) & (draws - 1);
+    const auto lease = space.acquire({{}, base_address + draw.next() * page + 512, Bytes{1024}});
+    bench::use(lease->iova().value);
   }
   state.SetItemsProcessed(state.iterations());
 }

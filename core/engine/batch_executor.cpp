@@ -83,7 +83,7 @@ Error BatchExecutor::not_begun() const noexcept {
                        : make_error(Errc::cancelled, Stage::validate, "the operation it was linked to failed");
 }
 
-inline void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noexcept {
+[[gnu::always_inline]] inline void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noexcept {
   switch (operation.kind) {
     case OperationKind::map: return plan_map(i, operation);
     case OperationKind::unmap: return plan_unmap(i, operation);
@@ -96,7 +96,7 @@ inline void BatchExecutor::plan(std::uint32_t i, const Operation& operation) noe
   }
 }
 
-inline void BatchExecutor::plan_map(std::uint32_t i, const Operation& operation) noexcept {
+[[gnu::always_inline]] inline void BatchExecutor::plan_map(std::uint32_t i, const Operation& operation) noexcept {
   if (!is_access(operation.access)) [[unlikely]]
     return refuse(i, unknown_access());
   if (operation.piece_count != 0) return plan_scattered_map(i, operation);
@@ -105,10 +105,7 @@ inline void BatchExecutor::plan_map(std::uint32_t i, const Operation& operation)
     return refuse(i, bad_piece(space_, operation.one_piece()));
   if (map_op_count_ == map_ops_max) [[unlikely]]
     flush();
-  if (space_.stale && operation.placement == Placement::Kind::fixed) {
-    const auto wanted = IovaRange::from_length(operation.start, operation.length);
-    if (wanted && revive(i, operation.access, *wanted, piece)) return;
-  }
+  if (space_.stale && revive(i, operation, piece)) return;
   IovaRange range;
   if (!reserve(i, operation, operation.length, range)) [[unlikely]]
     return;
@@ -165,11 +162,8 @@ void BatchExecutor::plan_scattered_map(std::uint32_t i, const Operation& operati
                                                             std::uint16_t flags) noexcept {
   MappingRecord* record = space_.index.try_insert(range);
   if (record == nullptr) [[unlikely]] {
-    record = enter_after_flush(range, op_count);
-    if (record == nullptr) {
-      release(range);
-      return refuse(i, cannot_enter(range));
-    }
+    record = enter_after_flush(i, range, op_count);
+    if (record == nullptr) return;
   }
   record->memory = piece.memory;
   record->region = piece.memory_index;
@@ -193,34 +187,34 @@ void BatchExecutor::plan_scattered_map(std::uint32_t i, const Operation& operati
 // Chooses or claims the IOVA range of a map; false when it was refused.
 [[gnu::always_inline]] inline bool BatchExecutor::reserve(std::uint32_t i, const Operation& operation, Bytes length,
                                                           IovaRange& range) noexcept {
-  if (operation.placement == Placement::Kind::anywhere) {
-    if (!space_.allocator) [[unlikely]]
-      return refuse(i, nowhere()), false;
-    auto taken = space_.allocator->allocate(length, {operation.align, operation.last});
-    if (!taken) [[unlikely]] {
-      if (!make_room()) return refuse(i, taken.error()), false;
-      taken = space_.allocator->allocate(length, {operation.align, operation.last});
-      if (!taken) return refuse(i, taken.error()), false;
-    }
-    range = *taken;
-    return true;
-  }
+  if (operation.placement == Placement::Kind::anywhere) return allocate(i, operation, length, range);
   range.start = operation.start;
   range.last.value = operation.start.value + (length.value - 1);
-  if (range.last < range.start) [[unlikely]]
-    return refuse(i, fail(Errc::overflow, Stage::validate, 0, "{} bytes at IOVA {:#x} pass 2^64-1", length.value,
-                          operation.start.value)),
-           false;
-  if (!is_granular(space_, range)) [[unlikely]]
-    return refuse(i, bad_range(space_, range)), false;
-  if (!is_usable(space_, range)) [[unlikely]]
-    return refuse(i, not_usable(space_, range)), false;
-  if (space_.allocator) {
-    // What this phase unmaps there is free only after its flush, what was deferred there after that one's.
-    if (phase_touches(range)) flush();
-    if (touches_stale(range)) make_room();
-    if (const auto claimed = space_.allocator->claim(range); !claimed) return refuse(i, claimed.error()), false;
+  if (!is_placeable(space_, range)) [[unlikely]]
+    return refuse(i, bad_place(space_, operation.start, length)), false;
+  return !space_.allocator || claim(i, range);
+}
+
+// Takes a range that the caller chose from the allocator.
+bool BatchExecutor::claim(std::uint32_t i, IovaRange range) noexcept {
+  // What this phase unmaps there is free only after its flush, what was deferred there after that one's.
+  if (phase_touches(range)) flush();
+  if (touches_stale(range)) make_room();
+  if (const auto claimed = space_.allocator->claim(range); !claimed) return refuse(i, claimed.error()), false;
+  return true;
+}
+
+// Lets the engine choose.
+bool BatchExecutor::allocate(std::uint32_t i, const Operation& operation, Bytes length, IovaRange& range) noexcept {
+  if (!space_.allocator) [[unlikely]]
+    return refuse(i, nowhere()), false;
+  auto taken = space_.allocator->allocate(length, {operation.align, operation.last});
+  if (!taken) [[unlikely]] {
+    if (!make_room()) return refuse(i, taken.error()), false;
+    taken = space_.allocator->allocate(length, {operation.align, operation.last});
+    if (!taken) return refuse(i, taken.error()), false;
   }
+  range = *taken;
   return true;
 }
 
@@ -232,16 +226,23 @@ Error BatchExecutor::nowhere() const noexcept {
 
 // A range that an operation of this phase touches ends the phase, so that what counts is the outcome of everything
 // before; one that a deferred unmap left there, or a full index, makes that unmap happen. The map's backend operations
-// move along.
-MappingRecord* BatchExecutor::enter_after_flush(IovaRange range, std::uint32_t op_count) noexcept {
+// move along. Nullptr when the map was refused.
+MappingRecord* BatchExecutor::enter_after_flush(std::uint32_t i, IovaRange range, std::uint32_t op_count) noexcept {
   const bool in_phase = phase_touches(range);
   const bool behind_stale = touches_stale(range) || space_.index.size() == space_.index.mappings_max();
-  if (!in_phase && !behind_stale) return nullptr;
-  const std::uint32_t planned = map_op_count_;
-  flush();
-  if (behind_stale) (void)flush_stale();
-  std::copy_n(&ops_[maps_begin + planned], op_count, &ops_[maps_begin]);
-  return space_.index.try_insert(range);
+  MappingRecord* record = nullptr;
+  if (in_phase || behind_stale) {
+    const std::uint32_t planned = map_op_count_;
+    flush();
+    if (behind_stale) (void)flush_stale();
+    std::copy_n(&ops_[maps_begin + planned], op_count, &ops_[maps_begin]);
+    record = space_.index.try_insert(range);
+  }
+  if (record == nullptr) {
+    release(range);
+    refuse(i, cannot_enter(range));
+  }
+  return record;
 }
 
 // Carries out deferred unmaps for the sake of what they hold; false when there were none.
@@ -274,7 +275,7 @@ inline void BatchExecutor::add_unmap(std::uint32_t i, IovaRange span, Bytes byte
   unmaps_[unmap_count_++] = {span, bytes, first, last, i, mappings};
 }
 
-inline void BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operation) noexcept {
+[[gnu::always_inline]] inline void BatchExecutor::plan_unmap(std::uint32_t i, const Operation& operation) noexcept {
   IovaRange range = operation.range();
   MappingRecord* record = nullptr;
   if (operation.memory != 0) {

@@ -81,17 +81,19 @@ class BatchExecutor {
   Error try_replace(std::uint32_t i, const Operation& operation) noexcept;
 
   bool reserve(std::uint32_t i, const Operation& operation, Bytes length, IovaRange& range) noexcept;
+  [[gnu::noinline]] bool allocate(std::uint32_t i, const Operation& operation, Bytes length, IovaRange& range) noexcept;
+  [[gnu::noinline]] bool claim(std::uint32_t i, IovaRange range) noexcept;
   Error nowhere() const noexcept;
   void enter_map(std::uint32_t i, Access access, IovaRange range, const ResolvedPiece& piece, std::uint32_t op_count,
                  std::uint16_t flags) noexcept;
-  MappingRecord* enter_after_flush(IovaRange range, std::uint32_t op_count) noexcept;
+  [[gnu::noinline]] MappingRecord* enter_after_flush(std::uint32_t i, IovaRange range, std::uint32_t op_count) noexcept;
   bool make_room() noexcept;
   Error cannot_enter(IovaRange range) const noexcept;
   void add_unmap(std::uint32_t i, IovaRange span, Bytes bytes, MappingRecord* first, MappingRecord* last,
                  std::uint32_t mappings) noexcept;
   bool phase_touches(IovaRange range) noexcept;
   bool touches_stale(IovaRange range) noexcept;
-  bool revive(std::uint32_t i, Access access, IovaRange range, const ResolvedPiece& piece) noexcept;
+  [[gnu::noinline]] bool revive(std::uint32_t i, const Operation& operation, ResolvedPiece piece) noexcept;
   void defer_unmap(std::uint32_t i, MappingRecord* first, std::uint32_t mappings) noexcept;
   std::size_t flush_stale_part(std::size_t next, std::uint64_t& removed) noexcept;
   void cancel(MappingRecord* record) noexcept;
@@ -105,13 +107,31 @@ class BatchExecutor {
   void finish_maps() noexcept;
   void fail_map(const PendingMap& map) noexcept;
   bool undo_map(const PendingMap& map) noexcept;
+  bool clear_of(const backends::BackendOpResult& mapped, IovaRange range) noexcept;
+  Error take_out(IovaRange range) noexcept;
   bool map_again(const PendingMap& map) noexcept;
   backends::BackendOpResult execute_one(const backends::BackendOp& op) noexcept;
 
-  void retire(MappingRecord* record) noexcept;
+  /// The last steps of an unmap, in the contract's order: the pin, then the IOVA, which may be handed out from here on.
+  void retire(MappingRecord* record) noexcept {
+    const IovaRange range = record->range;
+    const std::uint32_t memory_index = record->region;
+    space_.index.erase(record);
+    drop_memory(memory_index);
+    release(range);
+  }
+  void release(IovaRange range) noexcept {
+    // The allocator refuses only what it never handed out, and then there is nothing to give back.
+    if (space_.allocator) (void)space_.allocator->free(range);
+  }
+  void drop_memory(std::uint32_t memory_index) noexcept {
+    if (memory_index == 0) return;
+    MemoryTable::Entry& entry = space_.memories.at(memory_index - 1);
+    if (--entry.mappings == 0 && !entry.owned) [[unlikely]]
+      forget_memory(memory_index);
+  }
+  void forget_memory(std::uint32_t memory_index) noexcept;
   void quarantine(MappingRecord& record) noexcept;
-  void release(IovaRange range) noexcept;
-  void drop_memory(std::uint32_t memory_index) noexcept;
   void put_map_op(backends::BackendOp& op, const ResolvedPiece& piece, IovaRange range, Access access) const noexcept {
     const bool copy = piece.region.value != 0 && space_.map_by_copy;
     op.kind = copy ? backends::OpKind::copy : backends::OpKind::map;

@@ -48,18 +48,21 @@ bool BatchExecutor::touches_stale(IovaRange range) noexcept {
 }
 
 // A stale mapping of exactly this range, memory and access becomes this map's.
-bool BatchExecutor::revive(std::uint32_t i, Access access, IovaRange range, const ResolvedPiece& piece) noexcept {
-  if (!space_.stale || space_.stale->empty()) return false;
-  MappingRecord* const record = space_.index.exact(range);
+bool BatchExecutor::revive(std::uint32_t i, const Operation& operation, ResolvedPiece piece) noexcept {
+  if (space_.stale->empty() || operation.placement != Placement::Kind::fixed) return false;
+  const auto range = IovaRange::from_length(operation.start, operation.length);
+  if (!range) return false;
+  MappingRecord* const record = space_.index.exact(*range);
   if (record == nullptr || record->state != MappingState::stale || record->memory != piece.memory ||
-      record->region != piece.memory_index || record->access != access || (record->flags & mapping_is_scattered) != 0)
+      record->region != piece.memory_index || record->access != operation.access ||
+      (record->flags & mapping_is_scattered) != 0)
     return false;
   space_.stale->take_out(*record);
   record->state = MappingState::live;
   (*space_.counters)[Count::revived].add();
   Completion& verdict = slice_.completion(i);
-  verdict.iova = range.start;
-  verdict.bytes = range.length();
+  verdict.iova = range->start;
+  verdict.bytes = operation.length;
   verdict.mapping = space_.index.rename(record);  // the old name died with its unmap
   return true;
 }

@@ -36,17 +36,24 @@ Error BatchExecutor::try_replace(std::uint32_t i, const Operation& operation) no
     op.kind = OpKind::replace;
     if (const auto result = execute_one(op); result.error) return result.error;
   } else {
-    const auto removed = execute_one({OpKind::unmap, Access::none, {}, range, 0});
-    if (removed.error) {
+    if (const Error stays = take_out(range)) {
       quarantine(*record);
-      return removed.error;
+      return stays;
     }
     if (const auto result = execute_one(new_op); result.error) {
+      if (!clear_of(result, range)) {
+        quarantine(*record);
+        return result.error;
+      }
       const std::uint32_t old_index = record->region;
       const backends::RegionId old_region =
           old_index != 0 ? space_.memories.at(old_index - 1).region : backends::RegionId{};
       const auto restored = execute_one(map_op({old_region, record->memory, old_index}, range, record->access));
       if (!restored.error) return result.error;
+      if (!clear_of(restored, range)) {
+        quarantine(*record);
+        return result.error;
+      }
       retire(record);
       return fail(result.error.code, Stage::map, result.error.os_errno,
                   "{}; mapping the old memory again failed too ({}), so [{:#x}, {:#x}] is unmapped now",

@@ -147,14 +147,6 @@ MappingId MappingIndex::covering(Iova iova) const noexcept {
   return below != nullptr && below->record.range.contains(iova) ? id_of(below) : MappingId{};
 }
 
-MappingRecord* MappingIndex::exact(IovaRange range) noexcept {
-  const std::uint64_t key = range.start.value;
-  const Ref at = radix::follow(finger_ && radix::covers(finger_, key) ? finger_ : root_, key);
-  if (!at) return nullptr;
-  MappingRecord& record = at.entry<Entry>()->record;
-  return record.range == range ? &record : nullptr;
-}
-
 MappingId MappingIndex::first_in(IovaRange range) const noexcept { return id_of(first_entry(range)); }
 
 MappingId MappingIndex::next(MappingId id) const noexcept {
@@ -177,33 +169,17 @@ Result<MappingId> MappingIndex::insert(const MappingRecord& record) noexcept {
   return id_of(inserted);
 }
 
-MappingRecord* MappingIndex::try_insert(IovaRange range) noexcept {
-  if (!range.well_formed()) [[unlikely]]
-    return nullptr;
+MappingRecord* MappingIndex::insert_anywhere(IovaRange range) noexcept {
   const std::uint64_t key = range.start.value;
   const Place place = locate(key);
-  Entry* const below = floor_at(place, key);
-  Entry* const above = below != nullptr ? below->next : head_;
-  if (below != nullptr && below->record.range.last.value >= key) [[unlikely]]
-    return nullptr;
-  if (above != nullptr && above->record.range.start <= range.last) [[unlikely]]
-    return nullptr;
-  if (size_ == entries_.entries_max()) [[unlikely]]
-    return nullptr;
-  Entry* const entry = entries_.acquire();
+  Entry* const entry = enter(range, floor_at(place, key));
   if (entry == nullptr) [[unlikely]]
     return nullptr;
   if (!hang(place, key, entry)) [[unlikely]] {
     entries_.release(entry);
     return nullptr;
   }
-  entry->record.range = range;
-  entry->prev = below;
-  entry->next = above;
-  (below != nullptr ? below->next : head_) = entry;
-  if (above != nullptr) above->prev = entry;
-  ++size_;
-  bytes_ += range.span() + 1;
+  link(entry);
   return &entry->record;
 }
 
@@ -220,16 +196,6 @@ bool MappingIndex::erase(MappingId id) noexcept {
   return true;
 }
 
-void MappingIndex::remove(Entry* entry) noexcept {
-  const IovaRange range = entry->record.range;
-  unhang(range.start.value);
-  (entry->prev != nullptr ? entry->prev->next : head_) = entry->next;
-  if (entry->next != nullptr) entry->next->prev = entry->prev;
-  entries_.release(entry);
-  --size_;
-  bytes_ -= range.span() + 1;
-}
-
 // Makes `child` what stands below `parent` (nothing: at the root) on the way to `key`, where something stands already.
 void MappingIndex::set_child(Ref parent, std::uint64_t key, Ref child) noexcept {
   if (parent)
@@ -240,14 +206,18 @@ void MappingIndex::set_child(Ref parent, std::uint64_t key, Ref child) noexcept 
 }
 
 // Hangs an entry into the tree. False, and nothing changed, when there is no memory for the node this needs.
-[[gnu::always_inline]] inline bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noexcept {
+inline bool MappingIndex::hang(const Place& place, std::uint64_t key, Entry* entry) noexcept {
   const Ref leaf = Ref::to_entry(entry);
-  if (!place.child && place.node && place.node.is_large()) [[likely]] {
+  if (place.child || !place.node) [[unlikely]]
+    return hang_anywhere(place, key, leaf);
+  if (place.node.is_large())
     place.node.large()->add(place.node.digit_of_large(key), leaf);
-    finger_ = place.node;
-    return true;
-  }
-  return hang_anywhere(place, key, leaf);
+  else if (place.node.small()->count() < SmallNode::children_max)
+    place.node.small()->add(place.node.digit_of(key), leaf);
+  else
+    return hang_anywhere(place, key, leaf);
+  finger_ = place.node;
+  return true;
 }
 
 bool MappingIndex::hang_anywhere(Place place, std::uint64_t key, Ref leaf) noexcept {
@@ -270,22 +240,15 @@ bool MappingIndex::hang_anywhere(Place place, std::uint64_t key, Ref leaf) noexc
     root_ = leaf;
     return true;
   }
-  Ref node = place.node;
-  if (!node.is_large() && node.small()->count() == SmallNode::children_max) {
-    node = widen(node);
-    if (!node) return false;
-  }
-  const unsigned digit = node.digit_of(key);
-  if (node.is_large())
-    node.large()->add(digit, leaf);
-  else
-    node.small()->add(digit, leaf);
+  const Ref node = widen(place.node);  // a small one, and full
+  if (!node) return false;
+  node.large()->add(node.digit_of_large(key), leaf);
   finger_ = node;
   return true;
 }
 
 // Takes the entry at `key` out of the tree. Precondition: there is one.
-[[gnu::always_inline]] inline void MappingIndex::unhang(std::uint64_t key) noexcept {
+void MappingIndex::unhang(std::uint64_t key) noexcept {
   Ref node;
   Ref at = finger_ && radix::covers(finger_, key) ? finger_ : root_;
   while (!at.is_entry()) {
@@ -293,13 +256,10 @@ bool MappingIndex::hang_anywhere(Place place, std::uint64_t key, Ref leaf) noexc
     at = child_at(node, key);
   }
   finger_ = node;
-  if (node && node.is_large()) [[likely]] {
-    node.large()->remove(node.digit_of_large(key));
-    if (node.large()->is_sparse()) [[unlikely]]
-      narrow(node);
-    return;
-  }
-  unhang_from_small(node, key);
+  if (node && node.is_large())
+    unhang_from_large(node, key);
+  else
+    unhang_from_small(node, key);
 }
 
 void MappingIndex::unhang_from_small(Ref node, std::uint64_t key) noexcept {

@@ -16,6 +16,7 @@
 //   tests/exhaustive/mapping_index_exhaustive_test, tests/fault/mapping_index_fault_test.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
@@ -155,9 +156,13 @@ class MappingIndex {
   Entry* floor(std::uint64_t key) const noexcept;
   const Entry* first_entry(IovaRange range) const noexcept;
 
+  [[gnu::noinline]] MappingRecord* insert_anywhere(IovaRange range) noexcept;
+  Entry* enter(IovaRange range, Entry* below) noexcept;
+  void link(Entry* entry) noexcept;
   bool hang(const Place& place, std::uint64_t key, Entry* entry) noexcept;
   bool hang_anywhere(Place place, std::uint64_t key, radix::Ref leaf) noexcept;
   void unhang(std::uint64_t key) noexcept;
+  void unhang_from_large(radix::Ref node, std::uint64_t key) noexcept;
   void unhang_from_small(radix::Ref node, std::uint64_t key) noexcept;
   void set_child(radix::Ref parent, std::uint64_t key, radix::Ref child) noexcept;
   radix::Ref widen(radix::Ref node) noexcept;
@@ -173,5 +178,82 @@ class MappingIndex {
   std::size_t size_ = 0;
   std::uint64_t bytes_ = 0;  // modulo 2^64
 };
+
+// Inline: what an operation runs through when it lies beside the last one. Every call that is not made saves two jumps
+// that an emulated processor has to look up.
+
+[[gnu::always_inline]] inline MappingRecord* MappingIndex::exact(IovaRange range) noexcept {
+  const std::uint64_t key = range.start.value;
+  const radix::Ref at = radix::follow(finger_ && radix::covers(finger_, key) ? finger_ : root_, key);
+  if (!at) return nullptr;
+  MappingRecord& record = at.entry<Entry>()->record;
+  return record.range == range ? &record : nullptr;
+}
+
+// An entry for `range` above `below` (nothing: the lowest) that nothing points at yet; nullptr when something is in the
+// way, or there is no room.
+inline MappingIndex::Entry* MappingIndex::enter(IovaRange range, Entry* below) noexcept {
+  Entry* const above = below != nullptr ? below->next : head_;
+  if (below != nullptr && below->record.range.last >= range.start) [[unlikely]]
+    return nullptr;
+  if (above != nullptr && above->record.range.start <= range.last) [[unlikely]]
+    return nullptr;
+  if (size_ == entries_.entries_max()) [[unlikely]]
+    return nullptr;
+  return entries_.acquire(MappingRecord{.range = range}, below, above);
+}
+
+// Makes an entry part of the list that its own links lead into.
+inline void MappingIndex::link(Entry* entry) noexcept {
+  (entry->prev != nullptr ? entry->prev->next : head_) = entry;
+  if (entry->next != nullptr) entry->next->prev = entry;
+  ++size_;
+  bytes_ += entry->record.range.span() + 1;
+}
+
+// Most records go where the last one went: to a free digit of the finger, a large node, with a record below it there.
+[[gnu::always_inline]] inline MappingRecord* MappingIndex::try_insert(IovaRange range) noexcept {
+  if (!range.well_formed()) [[unlikely]]
+    return nullptr;
+  const std::uint64_t key = range.start.value;
+  if (finger_.is_even() && finger_ && radix::covers(finger_, key)) [[likely]] {
+    radix::LargeNode& large = *finger_.large();
+    const unsigned digit = finger_.digit_of_large(key);
+    const std::uint64_t below = large.present & ((std::uint64_t{1} << digit) - 1);
+    if ((large.present >> digit & 1) == 0 && below != 0) [[likely]] {
+      const radix::Ref neighbour = large.children[63 - std::countl_zero(below)];
+      if (neighbour.is_entry()) [[likely]] {
+        Entry* const entry = enter(range, neighbour.entry<Entry>());
+        if (entry == nullptr) [[unlikely]]
+          return nullptr;
+        large.add(digit, radix::Ref::to_entry(entry));
+        link(entry);
+        return &entry->record;
+      }
+    }
+  }
+  return insert_anywhere(range);
+}
+
+inline void MappingIndex::unhang_from_large(radix::Ref node, std::uint64_t key) noexcept {
+  node.large()->remove(node.digit_of_large(key));
+  if (node.large()->is_sparse()) [[unlikely]]
+    narrow(node);
+}
+
+[[gnu::always_inline]] inline void MappingIndex::remove(Entry* entry) noexcept {
+  const std::uint64_t key = entry->record.range.start.value;
+  const radix::Ref leaf = radix::Ref::to_entry(entry);
+  if (finger_.is_even() && finger_ && radix::covers(finger_, key) &&
+      finger_.large()->children[finger_.digit_of_large(key)] == leaf) [[likely]]
+    unhang_from_large(finger_, key);
+  else
+    unhang(key);
+  (entry->prev != nullptr ? entry->prev->next : head_) = entry->next;
+  if (entry->next != nullptr) entry->next->prev = entry->prev;
+  --size_;
+  bytes_ -= entry->record.range.span() + 1;
+  entries_.release(entry);
+}
 
 }  // namespace iovane::engine

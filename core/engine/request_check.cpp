@@ -60,6 +60,23 @@ Error bad_range(const SpaceState& space, IovaRange range) noexcept {
               range.start.value, range.last.value, granule, range.last.value | (granule - 1));
 }
 
+Error bad_place(const SpaceState& space, Iova start, Bytes length) noexcept {
+  const IovaRange range{start, Iova{start.value + (length.value - 1)}};
+  if (!range.well_formed())
+    return fail(Errc::overflow, Stage::validate, 0, "{} bytes at IOVA {:#x} pass 2^64-1", length.value, start.value);
+  if (!is_granular(space, range)) return bad_range(space, range);
+  return not_usable(space, range);
+}
+
+bool find_window(SpaceState& space, IovaRange range) noexcept {
+  for (const IovaRange& window : space.usable) {  // a handful, as many as the host has reserved regions and one more
+    if (!window.contains(range)) continue;
+    space.window = window;
+    return true;
+  }
+  return false;
+}
+
 Error not_usable(const SpaceState& space, IovaRange range) noexcept {
   const auto& usable = space.usable;
   // The first window that does not stop before the range.

@@ -22,6 +22,8 @@ Error unknown_access() noexcept;
 Error bad_piece(const SpaceState& space, const MemoryPiece& piece) noexcept;
 Error bad_range(const SpaceState& space, IovaRange range) noexcept;
 Error not_usable(const SpaceState& space, IovaRange range) noexcept;
+/// For a map of `length` bytes at `start` that is_placeable() refuses.
+Error bad_place(const SpaceState& space, Iova start, Bytes length) noexcept;
 
 constexpr bool is_access(Access access) noexcept {
   return access != Access::none && includes(Access::read_write, access);
@@ -53,11 +55,15 @@ inline bool is_granular(const SpaceState& space, IovaRange range) noexcept {
   return range.start <= range.last && ((range.start.value | (range.last.value + 1)) & (space.granule.value - 1)) == 0;
 }
 
-/// Whether the range is wholly usable.
-inline bool is_usable(const SpaceState& space, IovaRange range) noexcept {
-  for (const IovaRange& window : space.usable)  // a handful, as many as the host has reserved regions and one more
-    if (window.contains(range)) return true;
-  return false;
+/// Looks for the usable window that holds the range, and makes it SpaceState::window.
+bool find_window(SpaceState& space, IovaRange range) noexcept;
+
+/// Whether whole granules may be mapped at this range of whole granules' length: it does not wrap, and is wholly
+/// usable.
+inline bool is_placeable(SpaceState& space, IovaRange range) noexcept {
+  if (range.last < range.start || (range.start.value & (space.granule.value - 1)) != 0) [[unlikely]]
+    return false;
+  return space.window.contains(range) || find_window(space, range);
 }
 
 }  // namespace iovane::engine

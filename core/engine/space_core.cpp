@@ -249,6 +249,7 @@ Result<void> SpaceCore::refresh_usable() {
     }
   }
   state_.usable = *std::move(usable);
+  state_.window = no_window;
   return {};
 }
 

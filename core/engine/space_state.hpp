@@ -19,6 +19,9 @@ namespace iovane::engine {
 /// MappingRecord::flags: the mapping consists of several pieces of memory, of which `memory` is the first.
 inline constexpr std::uint16_t mapping_is_scattered = 1;
 
+/// Contains no range.
+inline constexpr IovaRange no_window{iova_max, Iova{0}};
+
 /// Touched by the lane's holder only.
 struct SpaceState {
   std::unique_ptr<backends::BackendSpace> backend;
@@ -27,6 +30,7 @@ struct SpaceState {
   /// Null when the caller chooses every IOVA: then the index alone says what is taken.
   std::unique_ptr<iova::IntervalAllocator> allocator{};
   std::vector<IovaRange> usable{};  ///< sorted, disjoint
+  IovaRange window = no_window;     ///< the one of `usable` that the last fixed map lay in
   /// Never null; perhaps in a page that other processes read.
   SpaceCounters* counters = nullptr;
   StaleTimer* stale_timer = nullptr;  ///< null: none runs

@@ -54,6 +54,10 @@ void copy_from_guest(std::byte* to, const std::byte* from, std::size_t n) noexce
       const std::uint64_t word = __atomic_load_n(reinterpret_cast<const std::uint64_t*>(from), __ATOMIC_RELAXED);
       __builtin_memcpy(to, &word, 8);
       to += 8, from += 8, n -= 8;
+    } else if (n >= 4 && (reinterpret_cast<std::uintptr_t>(from) & 3U) == 0) {
+      const std::uint32_t word = __atomic_load_n(reinterpret_cast<const std::uint32_t*>(from), __ATOMIC_RELAXED);
+      __builtin_memcpy(to, &word, 4);
+      to += 4, from += 4, n -= 4;
     } else {
       *to = static_cast<std::byte>(__atomic_load_n(reinterpret_cast<const unsigned char*>(from), __ATOMIC_RELAXED));
       ++to, ++from, --n;
@@ -68,6 +72,11 @@ void copy_to_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept
       __builtin_memcpy(&word, from, 8);
       __atomic_store_n(reinterpret_cast<std::uint64_t*>(to), word, __ATOMIC_RELAXED);
       to += 8, from += 8, n -= 8;
+    } else if (n >= 4 && (reinterpret_cast<std::uintptr_t>(to) & 3U) == 0) {
+      std::uint32_t word = 0;
+      __builtin_memcpy(&word, from, 4);
+      __atomic_store_n(reinterpret_cast<std::uint32_t*>(to), word, __ATOMIC_RELAXED);
+      to += 4, from += 4, n -= 4;
     } else {
       __atomic_store_n(reinterpret_cast<unsigned char*>(to), static_cast<unsigned char>(*from), __ATOMIC_RELAXED);
       ++to, ++from, --n;
@@ -75,7 +84,7 @@ void copy_to_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept
   }
 }
 
-GuestMemory::GuestMemory() : table_{new detail::RegionTable} {}
+GuestMemory::GuestMemory() : table_{new detail::RegionTable} { base::prepare_asymmetric_barrier(); }
 
 GuestMemory::~GuestMemory() {
   // relaxed: destruction has no concurrent users by contract.
@@ -173,8 +182,26 @@ Result<void> GuestMemory::remove(RegionId id) {
   return {};
 }
 
-// Each set is waited for once: readers of the set that just went out of use, then those that came before them.
+void GuestMemory::enlist(Reader& reader) const {
+  const std::lock_guard lock{control_};
+  enlisted_.push_back(&reader);
+}
+
+void GuestMemory::dismiss(Reader& reader) const noexcept {
+  const std::lock_guard lock{control_};
+  std::erase(enlisted_, &reader);
+}
+
+// Each set of counters is waited for once: readers of the set that just went out of use, then those that came before
+// them. Then each Reader that has a View is waited for until it has not, or has another.
 void GuestMemory::wait_for_readers() noexcept {
+  base::heavy_barrier();
+  for (const Reader* reader : enlisted_) {
+    // A.turns - pairs with R.turns: what the View read happened before we free it. seq_cst: after the table store.
+    const std::uint64_t turn = reader->turns_.load(std::memory_order_seq_cst);
+    if ((turn & 1U) == 0) continue;
+    while (reader->turns_.load(std::memory_order_acquire) == turn) std::this_thread::yield();  // A.turns, as above
+  }
   for (int round = 0; round < 2; ++round) {
     // relaxed: the phase only says which counter to use; any choice is correct.
     const std::uint32_t old_phase = phase_.load(std::memory_order_relaxed) & 1U;
@@ -208,15 +235,10 @@ GuestMemory::View::View(const GuestMemory& memory, std::uint32_t stripe, std::ui
 GuestMemory::View::View(View&& o) noexcept
     : memory_{std::exchange(o.memory_, nullptr)},
       table_{o.table_},
+      reader_{o.reader_},
       hint_{o.hint_},
       stripe_{o.stripe_},
       phase_{o.phase_} {}
-
-GuestMemory::View::~View() {
-  if (memory_ == nullptr) return;
-  // R.readers - pairs with A.readers in wait_for_readers().
-  memory_->readers_[stripe_].readers[phase_].fetch_sub(1, std::memory_order_release);
-}
 
 const Region* GuestMemory::View::find_slow(std::uint64_t gpa) const noexcept {
   auto place = first_above(table_->regions, gpa);
@@ -268,15 +290,6 @@ bool GuestMemory::View::write(std::uint64_t gpa, std::span<const std::byte> in) 
     if (!in.empty() && region->last == iova_max.value) return false;
     gpa += here;
   }
-  return true;
-}
-
-bool GuestMemory::View::write_le32(std::uint64_t gpa, std::uint32_t value) const noexcept {
-  const Region* region = (gpa & 3U) == 0 ? find(gpa) : nullptr;
-  if (region == nullptr || region->read_only) return false;
-  if constexpr (std::endian::native == std::endian::big) value = __builtin_bswap32(value);
-  // R.status - pairs with the guest's own load: it sees the completion after everything it stands for.
-  __atomic_store_n(reinterpret_cast<std::uint32_t*>(region->address + (gpa - region->gpa)), value, __ATOMIC_RELEASE);
   return true;
 }
 

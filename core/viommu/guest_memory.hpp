@@ -3,18 +3,21 @@
 // Purpose: translate guest physical addresses to host memory and read or write small things in it, while the guest
 // changes the bytes and the VMM adds and removes regions.
 // Roles: any number of readers through View; add() and remove() are control plane, one at a time (a mutex).
-// Progress: taking and dropping a View is one atomic add each and never waits; remove() waits for the Views that were
-// taken before it, so afterwards the VMM may unmap the memory.
-// Invariant: a reader adds itself to a counter before it loads the region table, and remove() stores the new table
-// before it looks at the counters; both in the single order of seq_cst, so a reader that still sees the old table is
-// seen in a counter. Counters come in two sets that take turns (as in the kernel's SRCU, kernel/rcu/srcutree.c), so new
-// readers cannot keep remove() waiting.
+// Progress: taking and dropping a View never waits; remove() waits for the Views that were taken before it, so
+// afterwards the VMM may unmap the memory. A View from view() costs two atomic adds, one from a Reader two plain
+// stores. Invariant: a reader announces itself before it loads the region table, and remove() stores the new table
+// before it looks for announcements; so a reader that still sees the old table is seen.
+//   view(): a counter, in the single order of seq_cst. Counters come in two sets that take turns (as in the kernel's
+//   SRCU, kernel/rcu/srcutree.c), so new readers cannot keep remove() waiting.
+//   Reader: a word that is odd while its View lives and that no two Views share, so remove() waits for a change of each
+//   word that it found odd. The announcement is ordered by base/asymmetric_barrier.hpp.
 // Read once: every accessor loads each byte of guest memory exactly once, with relaxed atomic loads of up to eight
 // bytes; decisions are made on the value that was read, never on a second look.
 #pragma once
 
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -23,6 +26,7 @@
 #include <span>
 #include <vector>
 
+#include "base/asymmetric_barrier.hpp"
 #include "base/cacheline.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
@@ -93,6 +97,7 @@ class GuestMemory {
   std::vector<Region> regions() const;
 
   class View;
+  class Reader;
   /// Any thread, lock-free. Keep it for one guest action, not for longer: remove() waits for it.
   View view() const noexcept;
 
@@ -103,11 +108,14 @@ class GuestMemory {
     std::array<std::atomic<std::uint64_t>, 2> readers{};
   };
   void wait_for_readers() noexcept;
+  void enlist(Reader& reader) const;
+  void dismiss(Reader& reader) const noexcept;
 
   std::atomic<const detail::RegionTable*> table_;
   mutable std::array<ReaderStripe, stripes> readers_;
   std::atomic<std::uint32_t> phase_{0};  // whose set of counters new readers use
-  mutable std::mutex control_;           // add and remove; guards next_id_
+  mutable std::mutex control_;           // add, remove, enlist, dismiss; guards what follows
+  mutable std::vector<Reader*> enlisted_;
   std::uint32_t next_id_ = 1;
 };
 
@@ -156,13 +164,64 @@ class GuestMemory::View {
  private:
   friend class GuestMemory;
   View(const GuestMemory& memory, std::uint32_t stripe, std::uint32_t phase) noexcept;
+  View(const GuestMemory& memory, Reader& reader) noexcept;
   const Region* find_slow(std::uint64_t gpa) const noexcept;
 
-  const GuestMemory* memory_;
+  const GuestMemory* memory_;  // null: moved from
   const detail::RegionTable* table_;
+  Reader* reader_ = nullptr;  // whose View it is, if any
   mutable const Region* hint_ = nullptr;
-  std::uint32_t stripe_;
-  std::uint32_t phase_;
+  std::uint32_t stripe_ = 0;
+  std::uint32_t phase_ = 0;
 };
+
+/// One who takes a View for each of many guest actions, and uses one thread at a time. Its Views may nest.
+class GuestMemory::Reader {
+ public:
+  /// `memory` outlives it.
+  explicit Reader(const GuestMemory& memory) : memory_{memory} { memory.enlist(*this); }
+  Reader(const Reader&) = delete;
+  Reader& operator=(const Reader&) = delete;
+  ~Reader() { memory_.dismiss(*this); }
+
+  View view() noexcept { return View{memory_, *this}; }
+
+ private:
+  friend class GuestMemory;
+  friend class View;
+  const GuestMemory& memory_;
+  std::uint32_t depth_ = 0;              // Views that live: its own thread's
+  std::atomic<std::uint64_t> turns_{0};  // odd while one lives
+};
+
+inline GuestMemory::View::View(const GuestMemory& memory, Reader& reader) noexcept
+    : memory_{&memory}, reader_{&reader} {
+  if (reader.depth_++ == 0)
+    // W.announce - pairs with A.turns in wait_for_readers(). relaxed load: only this reader stores it.
+    base::announce(reader.turns_, reader.turns_.load(std::memory_order_relaxed) + 1);
+  // A.table - pairs with R.table: the regions are there. seq_cst: after the announcement.
+  table_ = memory.table_.load(std::memory_order_seq_cst);
+  hint_ = table_->largest;
+}
+
+inline GuestMemory::View::~View() {
+  if (memory_ == nullptr) return;
+  if (reader_ == nullptr) {
+    // R.readers - pairs with A.readers in wait_for_readers().
+    memory_->readers_[stripe_].readers[phase_].fetch_sub(1, std::memory_order_release);
+  } else if (--reader_->depth_ == 0) {
+    // R.turns - pairs with A.turns: what the View read happened before the memory goes. relaxed load: as above.
+    reader_->turns_.store(reader_->turns_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+  }
+}
+
+inline bool GuestMemory::View::write_le32(std::uint64_t gpa, std::uint32_t value) const noexcept {
+  const Region* region = (gpa & 3U) == 0 ? find(gpa) : nullptr;
+  if (region == nullptr || region->read_only) return false;
+  if constexpr (std::endian::native == std::endian::big) value = __builtin_bswap32(value);
+  // R.status - pairs with the guest's own load: it sees the completion after everything it stands for.
+  __atomic_store_n(reinterpret_cast<std::uint32_t*>(region->address + (gpa - region->gpa)), value, __ATOMIC_RELEASE);
+  return true;
+}
 
 }  // namespace iovane::viommu

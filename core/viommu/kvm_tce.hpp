@@ -48,6 +48,9 @@ class KvmTceHost {
   virtual bool can_couple(const ShadowTarget& target) const noexcept = 0;
   /// The mappings that the target has in the range are the kernel's from now on: forget them, leave the hardware alone.
   virtual void hand_to_kernel(ShadowTarget& target, const IovaRange& range) noexcept = 0;
+  /// Takes away whatever the kernel brought to the target's hardware table in the range; the target has no mapping of
+  /// its own there.
+  virtual Result<void> clear(ShadowTarget& target, const IovaRange& range) noexcept = 0;
 };
 
 }  // namespace iovane::viommu

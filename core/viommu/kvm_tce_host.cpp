@@ -44,4 +44,9 @@ void KvmSpaprHost::hand_to_kernel(ShadowTarget& target, const IovaRange& range) 
     behind->space().spapr()->hand_to_kernel(range);
 }
 
+Result<void> KvmSpaprHost::clear(ShadowTarget& target, const IovaRange& range) noexcept {
+  auto* const behind = dynamic_cast<BackendTarget*>(&target);
+  return behind != nullptr ? behind->space().spapr()->clear_handed(range) : Result<void>{};
+}
+
 }  // namespace iovane::viommu

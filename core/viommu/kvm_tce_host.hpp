@@ -17,6 +17,7 @@ class KvmSpaprHost final : public KvmTceHost {
   Result<std::unique_ptr<KvmTceTable>> create(const TceWindow& window) override;
   bool can_couple(const ShadowTarget& target) const noexcept override;
   void hand_to_kernel(ShadowTarget& target, const IovaRange& range) noexcept override;
+  Result<void> clear(ShadowTarget& target, const IovaRange& range) noexcept override;
 
  private:
   backends::KvmTce& kvm_;

@@ -14,6 +14,10 @@
 // move the VMM must keep the virtual processors out of the guest (it holds them still for a hot plug anyway): entries
 // changed between copy and switch would be lost.
 //
+// While a table is in KVM, the kernel passes on what it cannot do: a list it cannot read, a page that is no guest RAM
+// or not registered with a container. Such a call is done here and its entries are the kernel's again afterwards; a
+// page that no host can reach is H_PARAMETER and changes nothing, or the hardware would keep the entry before it.
+//
 // Hypercalls complete when the host is done: call() says `pending` if that takes time; the processor may be answered
 // later, or finish() waits. LoPAR's order of checks is QEMU's where it leaves it open: the I/O address is rounded down
 // to its page, H_PUT_TCE_INDIRECT and H_STUFF_TCE keep what they did before the entry that failed. A real page number
@@ -173,9 +177,12 @@ class PaprTce {
                      std::uint64_t count) noexcept;
   std::int64_t shadow(const GuestMemory::View& view, Window& window, std::uint64_t first, std::uint64_t count,
                       std::uint64_t tce) noexcept;
+  static bool acceptable(const GuestMemory::View& view, const Window& window, std::uint64_t tce) noexcept;
+  void give_to_kernel(Window& window, std::uint64_t first, std::uint64_t count) noexcept;
   Progress settle(Progress progress) noexcept;
 
   const GuestMemory& memory_;
+  GuestMemory::Reader reader_;  // of the data path: one thread at a time
   KvmTceHost* kvm_;
   std::vector<std::unique_ptr<Phb>> phbs_;
   Window* last_window_ = nullptr;  // hypercalls come in runs for one

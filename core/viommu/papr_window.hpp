@@ -14,6 +14,8 @@
 
 namespace iovane::viommu {
 
+inline constexpr std::uint64_t tce_access_bits = 3;  ///< of a TCE: iovane::Access
+
 /// Entries in memory of our own, zero at first; costs what is touched.
 class UserTable {
  public:

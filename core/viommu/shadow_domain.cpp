@@ -83,8 +83,16 @@ Progress ShadowDomain::commit() noexcept {
   }
   add(counters_.host_ops, ops_.size());
   add(counters_.batches, 1);
+  bool all_well = true;
+  for (Side& side : sides_) {
+    side.progress = side.target->submit(ops_, side.failures);
+    all_well = all_well && side.progress == Progress::done && side.failures.empty();
+  }
+  if (all_well) [[likely]] {
+    finish_batch();
+    return Progress::done;
+  }
   state_ = State::in_flight;
-  for (Side& side : sides_) side.progress = side.target->submit(ops_, side.failures);
   return advance();
 }
 

@@ -173,6 +173,8 @@ class ShadowDomain {
   bool border_is_clean(std::uint64_t iova, std::uint64_t flag) const noexcept;
   IovaRange unit_around(std::uint64_t iova) const noexcept;
   bool stage(const HostOp& op, std::uint32_t tag) noexcept;
+  bool stage_one(HostOp::Kind kind, const IovaRange& range, const Region* region, std::uint64_t gpa, Access access,
+                 std::uint32_t tag) noexcept;
   bool stage_remainder(const View& view, IovaRange range, std::uint32_t tag) noexcept;
   void begin_edit() noexcept {
     if (!failures_.empty()) failures_.clear();

@@ -29,6 +29,21 @@ bool ShadowDomain::stage(const HostOp& op, std::uint32_t tag) noexcept {
   return true;
 }
 
+// A map or an unmap of one granule, written where it stays. False: no room without an allocation; stage() makes it.
+inline bool ShadowDomain::stage_one(HostOp::Kind kind, const IovaRange& range, const Region* region, std::uint64_t gpa,
+                                    Access access, std::uint32_t tag) noexcept {
+  if (sides_.empty()) return true;
+  if (ops_.size() == ops_.capacity() || tags_.size() == tags_.capacity()) return false;
+  HostOp& op = ops_.emplace_back();
+  op.range.start = range.start;
+  op.range.last = range.last;
+  op.kind = kind;
+  op.access = access;
+  if (region != nullptr) op.region = region->id, op.region_offset = gpa - region->gpa;
+  tags_.push_back(tag);
+  return true;
+}
+
 const IovaRange* ShadowDomain::find_usable(std::uint64_t iova) const noexcept {
   const auto place = std::upper_bound(usable_.begin(), usable_.end(), iova,
                                       [](std::uint64_t a, const IovaRange& r) { return a < r.start.value; });
@@ -85,7 +100,7 @@ bool ShadowDomain::map_one(const View& view, const IovaRange& range, std::uint64
     return false;
   constexpr std::uint64_t flags = LeafWord::backed | LeafWord::unit | LeafWord::head;
   if (!index_.fill_one(range.start.value, LeafWord::make(gpa, access) | flags)) return false;
-  if (!stage({range, gpa - region->gpa, region->id, HostOp::Kind::map, access}, tag)) {
+  if (!stage_one(HostOp::Kind::map, range, region, gpa, access, tag)) {
     index_.clear_one(range.start.value);
     return false;
   }
@@ -105,7 +120,7 @@ bool ShadowDomain::unmap_one(const IovaRange& range, CutRule rule, std::uint32_t
   if ((word & (begins | LeafWord::backed)) != (begins | LeafWord::backed)) return false;
   if (after != 0 && (after & begins) != begins) return false;
   if (!index_.clear_one(range.start.value)) return false;
-  if (!stage({range, 0, {}, HostOp::Kind::unmap, Access::none}, tag)) {
+  if (!stage_one(HostOp::Kind::unmap, range, nullptr, 0, Access::none, tag)) {
     index_.fill_one(range.start.value, word);
     return false;
   }
@@ -279,6 +294,7 @@ Result<std::uint32_t> ShadowDomain::unmap(const View& view, IovaRange range, Cut
 Result<bool> ShadowDomain::assign(const View& view, IovaRange range, std::uint64_t gpa, Access access,
                                   std::uint32_t tag) noexcept {
   begin_edit();
+  if (map_one(view, range, gpa, access, tag)) return true;  // there was nothing, and it is as simple as can be
   if (auto checked = check_range(range, gpa, access); !checked) return checked.error();
   switch (index_.match(range, LeafWord::make(gpa, access))) {
     case ShadowIndex::Match::equal: return false;

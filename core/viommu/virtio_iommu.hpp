@@ -140,12 +140,13 @@ class VirtioIommu {
       answered,
       taken,
     };
-    Request request{};
+    explicit Slot(const Request& r) noexcept : request{r} {}
+    Request request;
     std::uint32_t written = 0;
     virtio::Status status = virtio::Status::ok;
     State state = State::fresh;
     Domain* domain = nullptr;  // of a staged one
-    Bytes72 bytes;             // the request, once it was looked at
+    Bytes72 bytes;             // the request, once it was looked at, as far as the driver gave any
   };
 
   Endpoint* find_endpoint(std::uint32_t id) noexcept;
@@ -176,6 +177,7 @@ class VirtioIommu {
   void mark_dirty(Domain& domain) noexcept;
 
   const GuestMemory& memory_;
+  GuestMemory::Reader reader_;  // of the data path: one thread at a time
   VirtioIommuConfig config_;
   std::uint64_t granule_;
   std::uint64_t features_ = 0;

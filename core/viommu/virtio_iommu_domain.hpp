@@ -1,7 +1,8 @@
-// Inside VirtioIommu: a guest domain.
+// Inside VirtioIommu: a guest domain, and what a driver is told about failures.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "viommu/virtio_iommu.hpp"
@@ -18,5 +19,13 @@ struct VirtioIommu::Domain {
   std::vector<IovaRange> reserved;  // of all its endpoints
   ShadowDomain shadow;
 };
+
+inline void VirtioIommu::mark_dirty(Domain& domain) noexcept {
+  if (std::exchange(domain.dirty, true)) return;
+  dirty_.push_back(&domain);
+}
+
+/// What a driver is told about a failure of ours or of the host.
+virtio::Status status_of(const Error& error) noexcept;
 
 }  // namespace iovane::viommu

@@ -1,6 +1,8 @@
 // The virtio-iommu device's words and layouts (Virtual I/O Device specification 1.3, section 5.13). Little endian.
 #pragma once
 
+#include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -51,5 +53,19 @@ enum class FaultReason : std::uint8_t { unknown = 0, domain = 1, mapping = 2 };
 inline constexpr std::uint32_t fault_read = 1U << 0;
 inline constexpr std::uint32_t fault_write = 1U << 1;
 inline constexpr std::uint32_t fault_address = 1U << 8;
+
+template <typename T, std::size_t N>
+T get(const std::array<std::byte, N>& bytes, std::size_t at) noexcept {
+  T value{};
+  __builtin_memcpy(&value, bytes.data() + at, sizeof value);
+  if constexpr (std::endian::native == std::endian::big)
+    value = sizeof value == 8 ? static_cast<T>(__builtin_bswap64(value)) : static_cast<T>(__builtin_bswap32(value));
+  return value;
+}
+
+template <typename T>
+void put(std::byte* at, T value) noexcept {
+  for (std::size_t i = 0; i < sizeof value; ++i) at[i] = static_cast<std::byte>(value >> (8 * i));
+}
 
 }  // namespace iovane::viommu::virtio

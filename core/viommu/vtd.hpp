@@ -32,6 +32,7 @@
 #include "viommu/guest_memory.hpp"
 #include "viommu/shadow_domain.hpp"
 #include "viommu/vtd_descriptor.hpp"
+#include "viommu/vtd_queue.hpp"
 #include "viommu/vtd_sync.hpp"
 #include "viommu/vtd_tables.hpp"
 #include "viommu/vtd_walk.hpp"
@@ -177,6 +178,7 @@ class Vtd {
   Result<Domain*> domain_for(const GuestMemory::View& view, const VtdBinding& binding) noexcept;
   Domain& make_domain(const VtdBinding& binding);
   void drop_unused_domains() noexcept;
+  void add_wait(const VtdDescriptor& d) noexcept;
   std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) const noexcept;
   void invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
   bool compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept;
@@ -188,19 +190,25 @@ class Vtd {
   void empty_some(const GuestMemory::View& view, Task& task) noexcept;
   void fail_domain(Domain& domain, const Error& error) noexcept;
   bool read_descriptors(const GuestMemory::View& view) noexcept;
-  VtdRawDescriptor load_descriptor(const std::uint64_t* page, std::uint32_t index) const noexcept;
   void mark_dirty(Domain& domain) noexcept;
   bool commit_domains() noexcept;
   void finish_round(const GuestMemory::View& view) noexcept;
   Progress begin() noexcept;
 
   const GuestMemory& memory_;
+  GuestMemory::Reader reader_;  // of the data path: one thread at a time
   VtdConfig config_;
   VtdEvents& events_;
   std::vector<Endpoint> endpoints_;
   std::vector<std::unique_ptr<Domain>> domains_;  // by binding.domain
-  std::vector<Domain*> dirty_;                    // with staged edits or a batch in flight
-  std::vector<Task> tasks_;                       // first in, first out from task_next_
+  struct Named {                                  // where in domains_ a domain id is: guests name one again and again
+    std::uint32_t id = ~0U;
+    std::size_t first = 0;
+    std::size_t count = 0;
+  };
+  mutable Named named_;
+  std::vector<Domain*> dirty_;  // with staged edits or a batch in flight
+  std::vector<Task> tasks_;     // first in, first out from task_next_
   std::size_t task_next_ = 0;
   std::vector<PendingWait> waits_;  // of this round, in order
   WorkBudget budget_{};
@@ -208,16 +216,9 @@ class Vtd {
   bool enabled_ = false;
   bool busy_ = false;
   bool any_stale_ = false;
-  bool queue_on_ = false;
   bool queue_error_ = false;
   bool error_reported_ = false;
-  std::uint64_t iqa_ = 0;
-  std::uint64_t queue_gpa_ = 0;
-  std::uint32_t queue_entries_ = 0;
-  std::uint32_t entry_bytes_ = 16;
-  std::uint32_t head_ = 0;       // next descriptor to read
-  std::uint32_t done_head_ = 0;  // as the guest sees it
-  std::uint32_t tail_ = 0;
+  VtdQueue queue_;
   VtdStats stats_;
 };
 

@@ -16,7 +16,6 @@ constexpr Reserved context_reserved{0xfffc'0000'0000'f1c0, ~std::uint64_t{0}};
 constexpr Reserved iotlb_reserved{0xffff'ffff'0000'f100, 0xf80};
 constexpr Reserved device_iotlb_reserved{0x000f'0000'ffe0'01f0, 0xffe};
 constexpr Reserved interrupt_reserved{0xffff'0000'07ff'f1e0, ~std::uint64_t{0}};
-constexpr Reserved wait_reserved{0xffff'f180, 3};
 constexpr Reserved pasid_iotlb_reserved{0xfff0'0000'0000'f1c0, 0xf80};
 constexpr Reserved pasid_cache_reserved{0xfff0'0000'0000'f1c0, ~std::uint64_t{0}};
 
@@ -61,12 +60,8 @@ std::optional<VtdDescriptor> decode_descriptor(const VtdRawDescriptor& raw, cons
       if (!clean(interrupt_reserved)) return std::nullopt;
       return out;
     case static_cast<std::uint64_t>(Kind::wait):
-      if (!clean(wait_reserved)) return std::nullopt;
-      out.interrupt = bits(low, 4, 4) != 0;
-      out.write_status = bits(low, 5, 5) != 0;
-      out.fence = bits(low, 6, 6) != 0;
-      out.status_data = static_cast<std::uint32_t>(bits(low, 63, 32));
-      out.status_address = high;
+      if (!is_wait(raw)) return std::nullopt;
+      decode_wait(raw, out);
       return out;
     case static_cast<std::uint64_t>(Kind::pasid_iotlb):
       if (!rules.scalable || !clean(pasid_iotlb_reserved) || granularity < 2) return std::nullopt;

@@ -56,6 +56,22 @@ struct VtdDescriptor {
   }
 };
 
+/// The wait descriptor is every second one of a guest's queue, so there is a short way to see that a descriptor is one,
+/// and well formed. False: decode_descriptor() says what it is.
+inline bool is_wait(const VtdRawDescriptor& raw) noexcept {
+  constexpr std::uint64_t type_and_reserved = 0xe0f | 0xffff'f180;
+  return (raw[0] & type_and_reserved) == static_cast<std::uint64_t>(VtdDescriptor::Kind::wait) && (raw[1] & 3) == 0 &&
+         (raw[2] | raw[3]) == 0;
+}
+inline void decode_wait(const VtdRawDescriptor& raw, VtdDescriptor& out) noexcept {
+  out.kind = VtdDescriptor::Kind::wait;
+  out.interrupt = (raw[0] >> 4 & 1) != 0;
+  out.write_status = (raw[0] >> 5 & 1) != 0;
+  out.fence = (raw[0] >> 6 & 1) != 0;
+  out.status_data = static_cast<std::uint32_t>(raw[0] >> 32);
+  out.status_address = raw[1];
+}
+
 /// What the unit offers, as far as descriptors depend on it.
 struct VtdDescriptorRules {
   unsigned address_mask_max = 18;  ///< CAP.MAMV

@@ -57,14 +57,14 @@ class DifferenceVisitor {
   }
 
   void one(std::uint64_t iova, const std::uint64_t* entry, Access inherited) noexcept {
-    const std::uint64_t* have = domain_.index().leaf_slots(iova);
     ++outcome.entries;
     bool reserved = false;
-    const std::uint64_t want = load(entry, inherited, reserved);
-    if (have == nullptr) {
-      whole(iova, &want, 1);
+    Error error;
+    if (sync_entry(view_, domain_, rules_, iova, entry, inherited, tag_, reserved, error)) {
+      note(error);
     } else {
-      single(iova, want, have[iova >> 12 & 511U] & LeafWord::guest_mask);
+      const std::uint64_t want = load(entry, inherited, reserved);
+      whole(iova, &want, 1);
     }
     if (reserved) ++outcome.reserved_entries;
   }
@@ -119,17 +119,6 @@ class DifferenceVisitor {
     const auto done =
         domain_.assign(view_, {Iova{iova}, Iova{iova + page - 1}}, LeafWord::gpa(word), LeafWord::access(word), tag_);
     if (!done) note(done.error());
-  }
-
-  void single(std::uint64_t iova, std::uint64_t want, std::uint64_t had) noexcept {
-    if (want == had) return;
-    if (had == 0) {
-      add(iova, page, want);
-    } else if (want == 0) {
-      remove({Iova{iova}, Iova{iova + page - 1}});
-    } else {
-      change(iova, want);
-    }
   }
 
   void differences(std::uint64_t iova, const std::uint64_t* want, const std::uint64_t* had, unsigned count) noexcept {

@@ -1,6 +1,7 @@
 // Brings a ShadowDomain in step with a guest's VT-d page table: walk, compare, stage the difference.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <optional>
 
@@ -33,5 +34,30 @@ SyncOutcome sync_range(const GuestMemory::View& view, ShadowDomain& domain, cons
 SyncOutcome sync_entries(const GuestMemory::View& view, ShadowDomain& domain, const VtdEntryRules& rules,
                          std::uint64_t iova, const std::uint64_t* entries, unsigned count, Access inherited,
                          WorkBudget& budget, std::uint32_t tag) noexcept;
+
+/// The same for one entry, where the domain has leaves of that size or none at all nearby: the common case, cut short.
+/// False: it has not, and nothing was done; sync_entries() knows what to do.
+inline bool sync_entry(const GuestMemory::View& view, ShadowDomain& domain, const VtdEntryRules& rules,
+                       std::uint64_t iova, const std::uint64_t* entry, Access inherited, std::uint32_t tag,
+                       bool& reserved, Error& error) noexcept {
+  const std::uint64_t* have = domain.index().leaf_slots(iova);
+  if (have == nullptr) return false;
+  std::uint64_t word = GuestMemory::View::load(entry);
+  if constexpr (std::endian::native == std::endian::big) word = __builtin_bswap64(word);
+  const std::uint64_t want = rules.leaf_word(word, inherited, reserved);
+  const std::uint64_t had = have[iova >> 12 & 511U] & LeafWord::guest_mask;
+  if (want == had) return true;
+  const IovaRange range{Iova{iova}, Iova{iova + 4095}};
+  if (want == 0) {
+    if (const auto gone = domain.unmap(view, range, CutRule::cut, tag); !gone) error = gone.error();
+  } else if (had == 0) {
+    if (const auto done = domain.map(view, range, LeafWord::gpa(want), LeafWord::access(want), tag); !done)
+      error = done.error();
+  } else {
+    if (const auto done = domain.assign(view, range, LeafWord::gpa(want), LeafWord::access(want), tag); !done)
+      error = done.error();
+  }
+  return true;
+}
 
 }  // namespace iovane::viommu

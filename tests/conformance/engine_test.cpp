@@ -164,6 +164,83 @@ TEST_P(EngineContract, one_bad_map_of_a_batch_fails_alone) {
   EXPECT_TRUE(reads(*witness_, Iova{base + 2 * page_bytes()}, memory.page(1)));
 }
 
+// A kernel that cannot write a call's answer back says EFAULT for what it has done.
+TEST_P(EngineContract, a_map_that_took_effect_and_failed_is_taken_out_again) {
+  if (!iommufd()) GTEST_SKIP() << "only iommufd answers a map in the caller's structure";
+  failing_.emplace(*kernel_);
+  open_engine(LayoutPolicy::fixed, *failing_);
+  if (HasFatalFailure()) return;
+  const Memory memory{4};
+  const std::array pieces{MemoryPiece::of(memory.page(0)), MemoryPiece::of(memory.page(2))};
+  MapRequest scattered = request(base + 8 * page_bytes(), memory.page(0));
+  scattered.pieces = pieces;
+  failing_->add({.request = map_call(), .nth = 2, .times = 1, .os_errno = EFAULT, .after_call = true});
+  failing_->add({.request = map_call(), .nth = 4, .times = 1, .os_errno = EFAULT, .after_call = true});
+  ASSERT_TRUE(queue_.stage(request(base, memory.page(0))));
+  ASSERT_TRUE(queue_.stage(request(base + page_bytes(), memory.page(1))));
+  ASSERT_TRUE(queue_.stage(scattered));
+  const auto done = run_queue();
+  failing_->clear();
+  ASSERT_EQ(done.size(), 3U);
+  EXPECT_TRUE(done[0].ok()) << done[0].error.message();
+  EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(0)));
+  for (const std::size_t i : {1U, 2U}) {
+    EXPECT_EQ(done[i].error.code, Errc::bad_memory) << done[i].error.message();
+    EXPECT_EQ(address_space_.find(done[i].iova).error().code, Errc::not_found);
+  }
+  EXPECT_TRUE(cannot_read(*witness_, Iova{base + page_bytes()}, memory.page(1)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{base + 8 * page_bytes()}, memory.page(0)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{base + 9 * page_bytes()}, memory.page(2)));
+  EXPECT_TRUE(address_space_.map(request(base + page_bytes(), memory.page(1))).ok());
+  EXPECT_TRUE(address_space_.map(scattered).ok());
+  EXPECT_EQ(address_space_.stats().quarantined_mappings, 0U);
+}
+
+TEST_P(EngineContract, an_unmap_that_took_effect_and_failed_is_done_and_not_quarantined) {
+  failing_.emplace(*kernel_);
+  open_engine(LayoutPolicy::fixed, *failing_);
+  if (HasFatalFailure()) return;
+  const Memory memory{3};
+  for (std::size_t i = 0; i < 3; ++i) ASSERT_TRUE(queue_.stage(request(base + i * page_bytes(), memory.page(i))));
+  for (const Completion& c : run_queue()) ASSERT_TRUE(c.ok()) << c.error.message();
+  failing_->add({.request = unmap_call(), .nth = 1, .times = 1, .os_errno = EFAULT, .after_call = true});
+  const Completion one = address_space_.unmap(UnmapRequest::of(at(base, 1)));
+  failing_->clear();
+  ASSERT_TRUE(one.ok()) << one.error.message();
+  EXPECT_EQ(one.bytes.value, page_bytes());
+  failing_->add({.request = unmap_call(), .nth = 1, .times = 1, .os_errno = EFAULT, .after_call = true});
+  for (std::size_t i = 1; i < 3; ++i) ASSERT_TRUE(queue_.stage(UnmapRequest::of(at(base + i * page_bytes(), 1))));
+  for (const Completion& c : run_queue()) {
+    EXPECT_TRUE(c.ok()) << c.error.message();
+    EXPECT_EQ(c.bytes.value, page_bytes());
+  }
+  failing_->clear();
+  EXPECT_EQ(address_space_.stats().quarantined_mappings, 0U);
+  for (std::size_t i = 0; i < 3; ++i) {
+    EXPECT_TRUE(cannot_read(*witness_, Iova{base + i * page_bytes()}, memory.page(i)));
+    EXPECT_TRUE(address_space_.map(request(base + i * page_bytes(), memory.page(i))).ok());
+  }
+}
+
+TEST_P(EngineContract, a_replacement_that_took_effect_and_failed_gives_way_to_the_old_mapping) {
+  if (!iommufd()) GTEST_SKIP() << "only iommufd answers a map in the caller's structure";
+  failing_.emplace(*kernel_);
+  open_engine(LayoutPolicy::fixed, *failing_);
+  if (HasFatalFailure()) return;
+  const Memory memory{2};
+  ASSERT_TRUE(address_space_.map(request(base, memory.page(0))).ok());
+  ReplaceRequest replace;
+  replace.range = at(base, 1);
+  replace.memory = MemoryPiece::of(memory.page(1));
+  failing_->add({.request = map_call(), .nth = 1, .times = 1, .os_errno = EFAULT, .after_call = true});
+  const Completion done = address_space_.replace(replace);
+  failing_->clear();
+  EXPECT_EQ(done.error.code, Errc::bad_memory) << done.error.message();
+  EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(0)));
+  EXPECT_TRUE(address_space_.replace(replace).ok());
+  EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(1)));
+}
+
 TEST_P(EngineContract, neighbouring_unmaps_are_one_kernel_call) {
   const Memory memory{4};
   for (std::size_t i = 0; i < 4; ++i) ASSERT_TRUE(queue_.stage(request(base + 2 * i * page_bytes(), memory.page(i))));

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import sources
 
-SCOPES = {"run", "test", "lab", "ppc64le"}
+SCOPES = {"run", "test", "lab", "bench", "ppc64le"}
 
 
 def check(root: Path) -> list[str]:

@@ -201,7 +201,8 @@ TEST(DescriptorTest, errors_of_open_name_path_and_cure) {
     const auto failed = open_descriptor(kernel, "/dev/iommu", {});
     ASSERT_FALSE(failed);
     EXPECT_EQ(failed.error().os_errno, os_errno);
-    EXPECT_NE(failed.error().detail().find("/dev/iommu; "), std::string::npos) << failed.error().detail();
+    EXPECT_NE(failed.error().detail().find("/dev/iommu: "), std::string::npos) << failed.error().detail();
+    EXPECT_NE(failed.error().detail().find("; "), std::string::npos) << failed.error().detail();
   }
   const auto borrowed = open_descriptor(kernel, "/dev/iommu", {.fd = 9, .duplicate = false});
   EXPECT_EQ(borrowed->get(), 9);

@@ -47,6 +47,19 @@ TEST(Table, AlignsByWidestCellAndCountsCodePoints) {
             "short\n");
 }
 
+TEST(Table, FoldsTheLastColumnBetweenWords) {
+  Table table{{{"name"}, {"reason"}}};
+  table.add({"a", "one two three four five six seven"});
+  table.add({"b", "short"});
+  EXPECT_EQ(table.text(26),
+            "name  reason\n"
+            "--------------------------\n"
+            "a     one two three four\n"
+            "      five six seven\n"
+            "b     short\n");
+  EXPECT_NE(table.text(1000).find("one two three four five six seven"), std::string::npos);
+}
+
 TEST(Progress, LineShowsShareAndTimeLeft) {
   EXPECT_EQ(progress_line("x", 50, 100, 500ms), "x  [############............]  50%");
   EXPECT_EQ(progress_line("x", 50, 100, 65s), "x  [############............]  50%  1:05 left");

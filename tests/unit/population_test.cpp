@@ -1,10 +1,16 @@
 #include "pinning/population.hpp"
 
 #include <gtest/gtest.h>
+#include <pthread.h>
 #include <sys/mman.h>
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
+#include <csignal>
+#include <thread>
 
 #include "pinning/counting_provider.hpp"
 #include "pinning/population_plan.hpp"
@@ -133,6 +139,50 @@ TEST_F(PopulationTest, AFailureStopsAndHoldsNothing) {
   munmap(memory + (40U << 20), 1U << 20);
   provider.set_hole({1, 0});
   EXPECT_EQ(Population::register_memory(*cache, range(), {.threads = 2}).error().code, Errc::bad_memory);
+}
+
+// How many of TBB's workers have a signal blocked that no task of theirs blocked. The caller takes part and waits for
+// one.
+int workers_with_blocked_signals() {
+  tbb::task_arena arena{2};
+  std::atomic<int> arrived{0};
+  std::atomic<int> blocked{0};
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds{10};
+  arena.execute([&] {
+    tbb::parallel_for(
+        0, 2,
+        [&](int) {
+          sigset_t mask;
+          pthread_sigmask(SIG_SETMASK, nullptr, &mask);
+          if (sigismember(&mask, SIGUSR1) == 1) blocked.fetch_add(1, std::memory_order_relaxed);
+          // Both bodies must be running at once, so that one of them is a worker's.
+          arrived.fetch_add(1, std::memory_order_relaxed);
+          while (arrived.load(std::memory_order_relaxed) < 2 && std::chrono::steady_clock::now() < deadline)
+            std::this_thread::yield();
+        },
+        tbb::simple_partitioner{});
+  });
+  EXPECT_EQ(arrived.load(std::memory_order_relaxed), 2);
+  return blocked.load(std::memory_order_relaxed);
+}
+
+TEST_F(PopulationTest, WorkersBlockSignalsInOurTasksOnly) {
+  const auto caller = std::this_thread::get_id();
+  std::atomic<int> wrong{0};
+  for (int round = 0; round < 20; ++round) {
+    const auto registered =
+        Population::register_memory(*cache, range(), {.threads = 2, .progress = [&](Bytes, Bytes) {
+                                                        sigset_t mask;
+                                                        pthread_sigmask(SIG_SETMASK, nullptr, &mask);
+                                                        const bool blocked = sigismember(&mask, SIGUSR1) == 1;
+                                                        if (blocked != (std::this_thread::get_id() != caller))
+                                                          wrong.fetch_add(1, std::memory_order_relaxed);
+                                                        return true;
+                                                      }});
+    ASSERT_TRUE(registered) << registered.error().message();
+    ASSERT_EQ(workers_with_blocked_signals(), 0) << "in round " << round;
+  }
+  EXPECT_EQ(wrong.load(std::memory_order_relaxed), 0);
 }
 
 TEST_F(PopulationTest, ASerialProviderIsAskedInOrder) {

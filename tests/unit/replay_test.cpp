@@ -5,6 +5,8 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <numeric>
+#include <optional>
 #include <random>
 
 #include "replay/call_bound.hpp"
@@ -140,6 +142,9 @@ struct Setup {
   std::string target;
 };
 
+/// All runs of ReplayOnModel replay the same plan.
+std::optional<std::size_t> stretches_of_random_plan;
+
 class ReplayOnModel : public testing::TestWithParam<Setup> {};
 
 TEST_P(ReplayOnModel, VerifiesARandomTraceAndLeavesNothing) {
@@ -170,6 +175,14 @@ TEST_P(ReplayOnModel, VerifiesARandomTraceAndLeavesNothing) {
     EXPECT_GT(report->checks.live_reads, 1000U);
     EXPECT_GT(report->checks.dead_reads, 1000U);
     EXPECT_GE(report->kernel_calls, report->kernel_calls_least);
+    EXPECT_EQ(std::accumulate(report->stretches_ns.begin(), report->stretches_ns.end(), std::uint64_t{0}),
+              report->elapsed_ns);
+    // Cut alike for every target, whatever its own batches are.
+    const std::vector<std::size_t> begins = cut_batches(plan.operations, options.batch_max);
+    EXPECT_GE(report->stretches_ns.size(), plan.operations.size() / (256 + options.batch_max));
+    EXPECT_LE(report->stretches_ns.size(), begins.size());
+    EXPECT_EQ(report->stretches_ns.size(), stretches_of_random_plan.value_or(report->stretches_ns.size()));
+    stretches_of_random_plan = report->stretches_ns.size();
     if (GetParam().target == "event") {
       EXPECT_EQ(report->kernel_calls, report->events);
     }
@@ -177,6 +190,7 @@ TEST_P(ReplayOnModel, VerifiesARandomTraceAndLeavesNothing) {
       EXPECT_EQ(report->kernel_calls, plan.leaf_entries);
     }
     if (GetParam().target == "engine") {
+      EXPECT_EQ(report->kernel_calls, report->kernel_calls_least);
       EXPECT_GT(report->checks.index_entries, 1000U);
     }
   }
@@ -196,6 +210,25 @@ INSTANTIATE_TEST_SUITE_P(Targets, ReplayOnModel,
                              if (c == ':' || c == '-') c = '_';
                            return name;
                          });
+
+TEST(KeepFastest, TakesEachStretchFromItsFastestRun) {
+  const auto run = [](std::vector<std::uint64_t> stretches) {
+    RunReport report;
+    report.elapsed_ns = std::accumulate(stretches.begin(), stretches.end(), std::uint64_t{0});
+    for (const std::uint64_t ns : stretches) report.latency.record(ns);
+    report.stretches_ns = std::move(stretches);
+    report.batches = report.elapsed_ns;  // to tell them apart
+    return report;
+  };
+  RunReport report = run({10, 900, 30});
+  keep_fastest(report, run({20, 20, 40}));
+  EXPECT_EQ(report.stretches_ns, (std::vector<std::uint64_t>{10, 20, 30}));
+  EXPECT_EQ(report.elapsed_ns, 60U);
+  EXPECT_EQ(report.batches, 80U) << "the rest is of the run whose sum was least";
+  keep_fastest(report, run({5, 500, 500}));
+  EXPECT_EQ(report.elapsed_ns, 55U);
+  EXPECT_EQ(report.batches, 80U) << "and not of one that only has a fast stretch";
+}
 
 /// A target that is wrong in one way, over one that is right.
 class LyingTarget final : public ReplayTarget {

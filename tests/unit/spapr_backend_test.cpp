@@ -169,6 +169,10 @@ TEST_F(SpaprBackend, what_kvm_owns_is_forgotten_and_stays_in_hardware) {
   EXPECT_EQ(read(0x11000), std::byte{7});
   EXPECT_EQ(unmap(at(0x10000, 4)).bytes, Bytes{2 * 4096});
   EXPECT_TRUE(map(at(0x11000, 2), memory.address()).error.ok()) << "the same entries again";
+  EXPECT_EQ(space_->spapr()->clear_handed(at(0x10000, 4)).error().code, Errc::busy) << "those are ours";
+  EXPECT_EQ(space_->spapr()->hand_to_kernel(at(0x11000, 2)), Bytes{2 * 4096});
+  EXPECT_TRUE(space_->spapr()->clear_handed(at(0x10000, 4)));
+  EXPECT_NE(read(0x11000), std::byte{7});
   EXPECT_TRUE(space_->unmap_all());
 }
 

@@ -65,10 +65,12 @@ class FakeKvm final : public KvmTceHost {
  public:
   explicit FakeKvm(const GuestMemory& memory) : memory_{memory} {}
 
+  bool too_hard = false;  ///< the kernel passes everything on (H_TOO_HARD)
+
   /// A hypercall by the guest: the kernel's answer, or nothing when it exits to userspace.
   std::optional<std::int64_t> put_tce(std::uint32_t liobn, std::uint64_t bus_address, std::uint64_t tce) {
     const auto found = tables_.find(liobn);
-    if (found == tables_.end()) return std::nullopt;
+    if (found == tables_.end() || too_hard) return std::nullopt;
     Table& table = *found->second;
     const TceWindow& w = table.window;
     if (bus_address < w.address || (bus_address - w.address) >> w.page_shift >= w.entries) return hcall::parameter;
@@ -103,6 +105,11 @@ class FakeKvm final : public KvmTceHost {
   void hand_to_kernel(ShadowTarget& target, const IovaRange& range) noexcept override {
     auto& known = dynamic_cast<FakeSpaprContainer&>(target).known;
     known.erase(known.lower_bound(range.start.value), known.upper_bound(range.last.value));
+  }
+  Result<void> clear(ShadowTarget& target, const IovaRange& range) noexcept override {
+    auto& hardware = dynamic_cast<FakeSpaprContainer&>(target).hardware;
+    hardware.erase(hardware.lower_bound(range.start.value), hardware.upper_bound(range.last.value));
+    return {};
   }
 
  private:

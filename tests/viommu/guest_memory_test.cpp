@@ -102,10 +102,13 @@ TEST(GuestMemory, RemoveWaitsForThoseWhoStillLook) {
   std::atomic<bool> stop{false};
   std::vector<std::thread> readers;
   for (int t = 0; t < 2; ++t)
-    readers.emplace_back([&] {
+    readers.emplace_back([&, t] {
+      GuestMemory::Reader own{memory};
       // relaxed: a flag.
       while (!stop.load(std::memory_order_relaxed)) {
-        const auto view = memory.view();
+        const auto view = t == 0 ? memory.view() : own.view();
+        const auto inner = t == 0 ? memory.view() : own.view();
+        ASSERT_TRUE(inner.read_le64(0x8).has_value());
         ASSERT_TRUE(view.read_le64(0x8).has_value());
         for (std::uint64_t gpa = 0x100000; gpa < 0x110000; gpa += 0x800)
           if (const auto word = view.read_le64(gpa); word) {

@@ -299,6 +299,67 @@ TEST(PaprKvm, TheTableMovesBothWaysAndHardwareNeverNotices) {
   EXPECT_TRUE(second.hardware.empty());
 }
 
+// A call that the kernel passes on while it has the table: done here, and the kernel's again.
+TEST(PaprKvm, WhatTheKernelPassesOnIsDoneAndGivenBack) {
+  const GuestRam ram{256U << 20};
+  GuestMemory memory;
+  ASSERT_TRUE(memory.add(ram.config()));
+  FakeKvm kvm{memory};
+  PaprTce papr{memory, &kvm};
+  ASSERT_TRUE(papr.add_phb(small_phb()));
+  FakeSpaprContainer container{"container"};
+  FakeSpaprContainer apart{"type1", false};
+  container.windows = {{0, 12, 0, 4096}};
+  ASSERT_TRUE(papr.add_device(buid, &container));
+  ASSERT_TRUE(papr.in_kvm(liobn));
+  const auto put = [&](std::uint64_t address, std::uint64_t tce) {
+    if (const auto in_kernel = kvm.put_tce(liobn, address, tce); in_kernel) return *in_kernel;
+    return papr.call_and_wait(hcall::put_tce, std::array<std::uint64_t, 4>{liobn, address, tce, 0}).status;
+  };
+  const auto offset_at = [&](std::uint64_t address) {
+    const auto found = container.hardware.find(address);
+    return found == container.hardware.end() ? ~std::uint64_t{0} : found->second.offset;
+  };
+  ASSERT_EQ(put(0x5000, 0x7003), hcall::success);
+  // No RAM there: refused, and neither the entry nor the hardware's changes.
+  EXPECT_EQ(put(0x5000, 0x4000'0003), hcall::parameter);
+  EXPECT_EQ(papr.translate(liobn, 0x5000).gpa, 0x7000U);
+  EXPECT_EQ(offset_at(0x5000), 0x7000U);
+  for (std::uint64_t i = 0; i < 3; ++i)
+    ram.store(0x1000 + 8 * i, __builtin_bswap64(i == 2 ? 0x4000'0003 : 0x2'0003 + 4096 * i));
+  EXPECT_EQ(papr.call_and_wait(hcall::put_tce_indirect, std::array<std::uint64_t, 4>{liobn, 0x8000, 0x1000, 3}).status,
+            hcall::parameter);
+  EXPECT_EQ(offset_at(0x9000), 0x2'1000U) << "what came before the bad entry stays";
+  EXPECT_EQ(papr.translate(liobn, 0xa000).access, Access::none);
+  EXPECT_EQ(papr.call_and_wait(hcall::stuff_tce, std::array<std::uint64_t, 4>{liobn, 0x8000, 0x4000'0003, 2}).status,
+            hcall::parameter);
+  // Good calls that are passed on.
+  kvm.too_hard = true;
+  EXPECT_EQ(put(0x5000, 0x9003), hcall::success);
+  EXPECT_EQ(offset_at(0x5000), 0x9000U);
+  EXPECT_TRUE(container.known.empty()) << "the kernel keeps the books";
+  EXPECT_EQ(put(0x6000, 0x9003), hcall::success);
+  EXPECT_EQ(put(0x6000, 0), hcall::success);
+  EXPECT_EQ(offset_at(0x6000), ~std::uint64_t{0});
+  EXPECT_EQ(papr.call_and_wait(hcall::stuff_tce, std::array<std::uint64_t, 4>{liobn, 0x8000, 0, 2}).status,
+            hcall::success);
+  EXPECT_EQ(offset_at(0x8000), ~std::uint64_t{0});
+  // The kernel takes the entry away; then the table moves here, and the same entry again must reach the hardware.
+  kvm.too_hard = false;
+  EXPECT_EQ(put(0x5000, 0), hcall::success);
+  ASSERT_TRUE(papr.add_device(buid, &apart));
+  ASSERT_FALSE(papr.in_kvm(liobn));
+  EXPECT_EQ(put(0x5000, 0x9003), hcall::success);
+  EXPECT_EQ(offset_at(0x5000), 0x9000U);
+  ASSERT_TRUE(papr.remove_device(buid, &apart));
+  ASSERT_TRUE(papr.in_kvm(liobn));
+  // Back to the default window, empty: also what KVM brought to the hardware.
+  EXPECT_EQ(papr.reset_windows(buid), rtas::success);
+  EXPECT_TRUE(container.hardware.empty());
+  EXPECT_TRUE(papr.in_kvm(liobn));
+  ASSERT_TRUE(papr.remove_device(buid, &container));
+}
+
 // A real guest's hypercalls, and every translation that QEMU then made for its devices. QEMU's log has of an indirect
 // call only the last entry; the others are taken from the first translation that shows them, or assumed to follow on.
 TEST(PaprReplay, AnswersAsQemuDid) {

@@ -124,8 +124,8 @@ ExitStatus run_replay(Arguments arguments) {
         }
         if (round == 0)
           runs.push_back(*std::move(done));
-        else if (done->elapsed_ns < runs[first + i].elapsed_ns)
-          runs[first + i] = *std::move(done);
+        else
+          replay::keep_fastest(runs[first + i], *std::move(done));
       }
     }
   }
@@ -171,7 +171,9 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
       ->capture_default_str();
   replay->add_option("--events", arguments->events_max, "Replay only the first N events (0: all)")
       ->capture_default_str();
-  replay->add_option("--rounds", arguments->rounds, "Replay everything N times in turn, report the fastest of each")
+  replay
+      ->add_option("--rounds", arguments->rounds,
+                   "Replay everything N times in turn, count each stretch of some hundred events with its fastest time")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
   replay->add_option("--memory", arguments->memory_mib_max, "Most memory to map, in MiB")

@@ -80,12 +80,17 @@ def update(suite: Suite) -> None:
 
 
 def newest(pattern: str, suite: Suite) -> str:
-    """The package of the highest version whose whole name matches `pattern`. For a kernel, the name carries its version."""
+    """The package of the highest version whose whole name matches `pattern`."""
+    return by_version(pattern, suite)[0]
+
+
+def by_version(pattern: str, suite: Suite) -> list[str]:
+    """The packages whose whole name matches `pattern`, the highest version first. For a kernel, the name carries its version."""
     text = _run(["apt-cache", *apt_options(suite), "pkgnames"]).stdout
     names = [name for name in text.split() if re.fullmatch(pattern, name)]
     if not names:
         raise LabError(f"Debian {suite.name} ({suite.architecture}) has no package {pattern}")
-    return max(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)], reverse=True)
 
 
 def candidate(package: str, suite: Suite) -> str:
@@ -97,9 +102,9 @@ def candidate(package: str, suite: Suite) -> str:
     return match.group(1)
 
 
-def download(package: str, suite: Suite, into: Path) -> Path:
+def download(package: str, suite: Suite, into: Path, attempts: int = ATTEMPTS) -> Path:
     """Fetches the package's .deb into a directory that is empty before."""
-    _insist(["apt-get", "-q", *apt_options(suite), "download", package], cwd=into)
+    _insist(["apt-get", "-q", *apt_options(suite), "download", package], cwd=into, attempts=attempts)
     found = list(into.glob("*.deb"))
     if len(found) != 1:
         raise LabError(f"apt-get download {package} left {len(found)} files instead of one")
@@ -130,12 +135,12 @@ def _check(run: subprocess.CompletedProcess, what: str) -> None:
         raise LabError(f"{what} failed:\n{(run.stdout + run.stderr).strip()[-2000:]}")
 
 
-def _insist(command: list[str], cwd: Path | None = None) -> None:
-    for attempt in range(1, ATTEMPTS + 1):
+def _insist(command: list[str], cwd: Path | None = None, attempts: int = ATTEMPTS) -> None:
+    for attempt in range(1, attempts + 1):
         run = _run(command, cwd)
         if run.returncode == 0:
             return
-        if attempt < ATTEMPTS:
+        if attempt < attempts:
             say(f"{' '.join(part for part in command if not part.startswith('-'))} failed, next try in {PAUSE_S} s")
             time.sleep(PAUSE_S)
     _check(run, " ".join(part for part in command if not part.startswith("-")))

@@ -170,15 +170,24 @@ def _packaged(recipe: PackagedKernel, refresh: bool) -> Kernel:
         directory = kept[-1]
     else:
         debian.update(recipe.suite)
-        package = debian.newest(recipe.package, recipe.suite)
-        directory = cache.entry(f"kernels/{package}", lambda empty: _take(package, recipe.suite, empty))
+        directory = _first_to_be_had(debian.by_version(recipe.package, recipe.suite), recipe.suite)
     available = {path.name.split(".")[0].replace("-", "_"): path for path in (directory / "modules").iterdir()}
     return Kernel(directory / "vmlinux", directory.name, tuple(load_order(recipe.modules, available)))
 
 
-def _take(package: str, suite: debian.Suite, into: Path) -> None:
+def _first_to_be_had(packages: list[str], suite: debian.Suite) -> Path:
+    """A mirror can list a package for days before it has it. The one that was the newest until then will do; the last is insisted on."""
+    for package in packages[:-1]:
+        try:
+            return cache.entry(f"kernels/{package}", lambda empty, package=package: _take(package, suite, empty, attempts=1))
+        except LabError as error:
+            say(f"{str(error).splitlines()[0]} trying an older one")
+    return cache.entry(f"kernels/{packages[-1]}", lambda empty: _take(packages[-1], suite, empty))
+
+
+def _take(package: str, suite: debian.Suite, into: Path, attempts: int = debian.ATTEMPTS) -> None:
     with Progress(f"kernel: fetching {package}"):
-        deb = debian.download(package, suite, into)
+        deb = debian.download(package, suite, into, attempts)
         debian.unpack(deb, into / "package")
     image = next((into / "package").glob("boot/vmlinu*-*"), None)
     if not image:

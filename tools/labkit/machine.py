@@ -116,6 +116,7 @@ def _x86_command_line(wish: Wish) -> str:
 _PSERIES = "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 _PPC_SUITE = Suite("trixie", "ppc64el")
 _PPC_KERNEL = r"linux-image-6\.12\.[0-9]+\+deb13-powerpc64le"
+_PPC_KERNEL_64K = _PPC_KERNEL + "-64k"
 _PPC_MODULES = ("vfio_iommu_spapr_tce", "vfio_pci")
 _PPC_PACKAGES = ("qemu-system-ppc", "gcc-powerpc64le-linux-gnu", "libc6-dev-ppc64el-cross", "binutils", "xz-utils")
 
@@ -209,6 +210,20 @@ MACHINES = (
         emulator="qemu-system-ppc64",
         arguments=_pseries_kvm_arguments,
         kernel=PackagedKernel(_PPC_KERNEL, _PPC_SUITE, (*_PPC_MODULES, "kvm", "kvm_hv")),
+        command_line=_ppc_command_line,
+        iommus=("tce",),
+        compiler="powerpc64le-linux-gnu-gcc",
+        cross_libraries="/usr/powerpc64le-linux-gnu/lib",
+        packages=_PPC_PACKAGES,
+        port_bus="pci.0",
+        known_warnings=_PSERIES_WARNINGS,
+    ),
+    Machine(
+        name="pseries-64k",
+        architecture="ppc64le",
+        emulator="qemu-system-ppc64",
+        arguments=_pseries_kvm_arguments,
+        kernel=PackagedKernel(_PPC_KERNEL_64K, _PPC_SUITE, (*_PPC_MODULES, "kvm", "kvm_hv")),
         command_line=_ppc_command_line,
         iommus=("tce",),
         compiler="powerpc64le-linux-gnu-gcc",

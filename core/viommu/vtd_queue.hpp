@@ -1,0 +1,81 @@
+// VtdQueue: the invalidation queue's registers (IQA, IQH, IQT) and the descriptors between them, in guest memory
+// (specification 4.x, section 6.5.2).
+//
+// Descriptors are read ahead of IQH: the guest sees IQH move only when what was read is in effect (complete()).
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "viommu/guest_memory.hpp"
+#include "viommu/vtd_descriptor.hpp"
+
+namespace iovane::viommu {
+
+class VtdQueue {
+ public:
+  /// GCMD.QIE with this IQA: bits 63:12 the queue, 11 its descriptors' width, 2:0 its size. Head and tail become 0.
+  /// False for an IQA that is not one: the queue is off then.
+  bool set(std::uint64_t iqa, bool wide_allowed) noexcept {
+    const bool wide = (iqa >> 11 & 1) != 0;
+    on_ = (iqa & 0x7f8) == 0 && (!wide || wide_allowed);
+    iqa_ = iqa;
+    gpa_ = iqa & ~std::uint64_t{0xfff};
+    entry_shift_ = wide ? 5 : 4;
+    entries_ = (4096U << (iqa & 7)) >> entry_shift_;
+    next_ = done_ = tail_ = 0;
+    return on_;
+  }
+  /// IQT as written; false when it is outside the queue. Its unit is the descriptor's size: a 256-bit queue has one bit
+  /// less (bit 4 reserved).
+  bool set_tail(std::uint64_t iqt) noexcept {
+    const auto tail = static_cast<std::uint32_t>((iqt & 0x7fff0) >> entry_shift_);
+    if (tail >= entries_) return false;
+    tail_ = tail;
+    return true;
+  }
+  /// Head and tail as the registers say them; false when they are not inside the queue.
+  bool restore(std::uint64_t head, std::uint64_t tail) noexcept {
+    const std::uint64_t bytes = std::uint64_t{entries_} << entry_shift_;
+    if (head >= bytes || tail >= bytes || ((head | tail) & ((1U << entry_shift_) - 1)) != 0) return false;
+    next_ = done_ = static_cast<std::uint32_t>(head >> entry_shift_);
+    tail_ = static_cast<std::uint32_t>(tail >> entry_shift_);
+    return true;
+  }
+
+  bool on() const noexcept { return on_; }
+  bool all_read() const noexcept { return next_ == tail_; }
+  std::uint32_t entries() const noexcept { return entries_; }
+  std::uint64_t iqa() const noexcept { return on_ ? iqa_ : 0; }
+  std::uint64_t head() const noexcept { return std::uint64_t{done_} << entry_shift_; }
+  std::uint64_t tail() const noexcept { return std::uint64_t{tail_} << entry_shift_; }
+
+  /// The next descriptor, each word of it loaded once; false when it is not in RAM. skip() goes past it.
+  bool peek(const GuestMemory::View& view, VtdRawDescriptor& raw) const noexcept {
+    // Aligned to its size, so it crosses no page, nor the border of a region.
+    const std::uint64_t gpa = gpa_ + (std::uint64_t{next_} << entry_shift_);
+    const Region* region = view.find(gpa);
+    if (region == nullptr) return false;
+    const auto* words = reinterpret_cast<const std::uint64_t*>(region->address + (gpa - region->gpa));
+    raw = {GuestMemory::View::load(words), GuestMemory::View::load(words + 1), 0, 0};
+    if (entry_shift_ == 5) raw[2] = GuestMemory::View::load(words + 2), raw[3] = GuestMemory::View::load(words + 3);
+    if constexpr (std::endian::native == std::endian::big)
+      for (std::uint64_t& word : raw) word = __builtin_bswap64(word);
+    return true;
+  }
+  void skip() noexcept { next_ = next_ + 1 == entries_ ? 0 : next_ + 1; }
+  /// Everything that was read is in effect.
+  void complete() noexcept { done_ = next_; }
+
+ private:
+  bool on_ = false;
+  unsigned entry_shift_ = 4;
+  std::uint32_t entries_ = 0;
+  std::uint32_t next_ = 0;  // to be read
+  std::uint32_t done_ = 0;  // IQH
+  std::uint32_t tail_ = 0;  // IQT
+  std::uint64_t gpa_ = 0;
+  std::uint64_t iqa_ = 0;
+};
+
+}  // namespace iovane::viommu
