@@ -200,7 +200,7 @@ class AllocatorCore final : private Roster {
   void convert(ThreadCache& me, UnitRange range, SegmentValue from, SegmentValue to) noexcept;
 
   static constexpr unsigned class_table_entries = 4096;
-  static constexpr unsigned parked_entries = 1024;
+  static constexpr unsigned parked_entries = 8192;
 
   MetadataArena arena_;
   ExtentMap map_;
