@@ -228,6 +228,9 @@ class Backend {
   /// Moves an attached device between two spaces of this backend without a moment in which it translates through
   /// neither, where the interface can (iommufd); unsupported elsewhere.
   virtual Result<AttachedDevice> move_device(BackendSpace& from, DeviceId device, BackendSpace& to) = 0;
+  /// What the device would take out of a space that it is attached to, as far as the host says beforehand: nothing for
+  /// a bare descriptor. Control plane; attaches nothing.
+  virtual std::vector<IovaRange> reserved_by(const DeviceSource& /*source*/) { return {}; }
 };
 
 }  // namespace iovane::backends

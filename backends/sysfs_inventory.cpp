@@ -90,4 +90,13 @@ Result<std::vector<PciDevice>> read_pci_inventory(const std::string& sysfs_root)
   return devices;
 }
 
+std::vector<IovaRange> reserved_of(Kernel& kernel, const std::string& pci_address) {
+  if (pci_address.empty()) return {};
+  const auto devices = kernel.pci_devices();
+  if (!devices) return {};
+  const auto found = std::find_if(devices->begin(), devices->end(),
+                                  [&](const PciDevice& device) { return device.address == pci_address; });
+  return found == devices->end() ? std::vector<IovaRange>{} : found->reserved;
+}
+
 }  // namespace iovane::backends

@@ -15,7 +15,7 @@ Answer AllocatorCore::allocate(const AllocateRequest& request) noexcept {
 // Hands out the top entry; nothing when the incarnation was closed. IntervalAllocator::allocate() has the same steps.
 std::optional<Unit> AllocatorCore::pop(ThreadCache& me, Magazine& magazine) noexcept {
   const std::uint32_t n = magazine.size();
-  const MagazineEntry entry = magazine.entries[n - 1];
+  const MagazineEntry entry = magazine.entry(n - 1);
   base::yield_point("pop.announce");
   base::announce(me.busy, entry.word);
   base::yield_point("pop.check");
@@ -31,7 +31,7 @@ std::optional<Unit> AllocatorCore::pop(ThreadCache& me, Magazine& magazine) noex
   // W.idle - release, pairs with R.busy: who finds the announcement gone finds the slot live.
   me.busy.store(nullptr, std::memory_order_release);
   if (state != magazine.incarnation.raw) return std::nullopt;
-  return entry.start() >> granule_log2_;
+  return entry.start >> granule_log2_;
 }
 
 // By way of the magazine of the request's class. Nothing when neither it nor a new run has room.

@@ -100,7 +100,7 @@ ThreadCache* AllocatorCore::take_cache() noexcept {
   }
   auto* cache = new (arena_.at<void>(id)) ThreadCache{};
   cache->index = index;
-  cache->granule_log2 = granule_log2_;
+  cache->place_multiplier = place_multiplier(granule_log2_);
   cache->hints = hints_.get();
   cache->unbiased_frees_next = unbiased_frees_first;
   // relaxed: published below.
@@ -169,7 +169,8 @@ ObjectId AllocatorCore::class_of(LengthKey key) noexcept {
   ObjectId fresh = 0;
   ObjectId answer = 0;
   for (unsigned probe = 0; probe < class_probes_max && answer == 0; ++probe) {
-    auto& entry = classes_[(start + probe) % class_table_entries];
+    const unsigned place = 1 + (start + probe) % (class_table_entries - 1);
+    auto& entry = classes_[place];
     // R.class - acquire, pairs with W.class: the class is initialised.
     ObjectId id = entry.load(std::memory_order_acquire);
     if (id == 0) {
@@ -178,6 +179,7 @@ ObjectId AllocatorCore::class_of(LengthKey key) noexcept {
         if (fresh == 0) return 0;
         (new (arena_.at<void>(fresh)) LengthClass{})->key = key;
       }
+      class_at(fresh)->code = place;
       base::yield_point("class.add");
       // W.class - acq_rel, pairs with R.class. Entries never go away, so equal keys meet at the same entry.
       if (entry.compare_exchange_strong(id, fresh, std::memory_order_acq_rel, std::memory_order_acquire)) {

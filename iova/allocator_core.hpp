@@ -175,7 +175,7 @@ class AllocatorCore final : private Roster {
   bool refill(ThreadCache& me, Magazine& magazine, Unit last_max) noexcept;
   static void push(Magazine& magazine, const MagazineEntry& entry) noexcept {
     const std::uint32_t n = magazine.size();
-    magazine.entries[n] = entry;
+    magazine.put(n, entry);
     magazine.resize(n + 1);
   }
   bool take_from_shelf(ThreadCache& me, Magazine& magazine, unsigned want) noexcept;
@@ -200,7 +200,7 @@ class AllocatorCore final : private Roster {
   void convert(ThreadCache& me, UnitRange range, SegmentValue from, SegmentValue to) noexcept;
 
   static constexpr unsigned class_table_entries = 4096;
-  static constexpr unsigned parked_entries = 1024;
+  static constexpr unsigned parked_entries = 8192;
 
   MetadataArena arena_;
   ExtentMap map_;
@@ -210,7 +210,7 @@ class AllocatorCore final : private Roster {
   bool magazines_;
   std::unique_ptr<HintEntry[]> hints_;
   std::unique_ptr<std::atomic<ObjectId>[]> blocks_;
-  std::unique_ptr<std::atomic<ObjectId>[]> classes_;      ///< open addressing by key
+  std::unique_ptr<std::atomic<ObjectId>[]> classes_;      ///< open addressing by key; place 0 stays empty
   std::unique_ptr<std::atomic<std::uint64_t>[]> parked_;  ///< generation << 32 | run
   std::unique_ptr<std::atomic<ThreadCache*>[]> caches_;
   alignas(base::cacheline_bytes) std::atomic<std::uint32_t> cache_count_{0};

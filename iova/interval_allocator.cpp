@@ -95,38 +95,43 @@ Result<std::unique_ptr<IntervalAllocator>> IntervalAllocator::create(const Inter
   return allocator;
 }
 
-Result<IovaRange> IntervalAllocator::allocate_slow(Bytes length, const AllocateOptions& options) noexcept {
+std::uint64_t IntervalAllocator::allocate_slow(Bytes length, AllocateOptions options, Error& why) noexcept {
+  const auto refuse = [&](Error error) {
+    why = error;
+    return nothing_popped;
+  };
   const std::uint64_t mask = (std::uint64_t{1} << granule_log2_) - 1;
   const std::uint64_t align = options.align.value;
   if (length.value == 0 || (length.value & mask) != 0) [[unlikely]]
-    return base::fail(Errc::invalid_argument, Stage::validate, 0,
-                      "length of {} bytes; expected a positive multiple of the granule, {}", length.value, mask + 1);
+    return refuse(base::fail(Errc::invalid_argument, Stage::validate, 0,
+                             "length of {} bytes; expected a positive multiple of the granule, {}", length.value,
+                             mask + 1));
   if ((align & (align - 1)) != 0) [[unlikely]]
-    return base::fail(Errc::invalid_argument, Stage::validate, 0, "alignment of {} bytes; expected a power of two",
-                      align);
+    return refuse(base::fail(Errc::invalid_argument, Stage::validate, 0,
+                             "alignment of {} bytes; expected a power of two", align));
   if (options.ceiling.value < mask) [[unlikely]]
-    return base::fail(Errc::iova_exhausted, Stage::reserve, 0, "the ceiling {:#x} is below the first granule's end",
-                      options.ceiling.value);
+    return refuse(base::fail(Errc::iova_exhausted, Stage::reserve, 0,
+                             "the ceiling {:#x} is below the first granule's end", options.ceiling.value));
   const Unit last_max =
       options.ceiling == iova_max ? all_ones >> granule_log2_ : ((options.ceiling.value - mask) >> granule_log2_);
   const unsigned align_log2 = align <= mask + 1 ? 0 : floor_log2(align) - granule_log2_;
   const Answer answer = core_->allocate({length.value >> granule_log2_, align_log2, last_max});
   if (answer.outcome == Outcome::done) [[likely]]
-    return to_bytes(answer.where, granule_log2_);
+    return answer.where.first << granule_log2_;
   switch (answer.outcome) {
-    case Outcome::too_many_threads: return no_thread_cache();
+    case Outcome::too_many_threads: return refuse(no_thread_cache());
     case Outcome::no_memory:
-      return base::fail(Errc::out_of_memory, Stage::reserve, 0,
-                        "the allocator's metadata limit is reached; raise metadata_limit or free intervals");
+      return refuse(base::fail(Errc::out_of_memory, Stage::reserve, 0,
+                               "the allocator's metadata limit is reached; raise metadata_limit or free intervals"));
     default:
-      return base::fail(Errc::iova_exhausted, Stage::reserve, 0,
-                        "no free range of {} bytes aligned to {} at or below {:#x}", length.value,
-                        std::max(align, mask + 1), options.ceiling.value);
+      return refuse(base::fail(Errc::iova_exhausted, Stage::reserve, 0,
+                               "no free range of {} bytes aligned to {} at or below {:#x}", length.value,
+                               std::max(align, mask + 1), options.ceiling.value));
   }
 }
 
 Result<IovaRange> IntervalAllocator::allocate_contiguous(std::span<const Bytes> parts, std::span<Iova> starts,
-                                                         const AllocateOptions& options) noexcept {
+                                                         AllocateOptions options) noexcept {
   if (parts.size() != starts.size())
     return base::fail(Errc::invalid_argument, Stage::validate, 0, "{} parts but room for {} starts", parts.size(),
                       starts.size());

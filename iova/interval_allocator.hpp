@@ -68,11 +68,11 @@ class IntervalAllocator {
   /// the same length the most recently freed is used first. Undo: free() of the returned range.
   /// Errors: invalid_argument, iova_exhausted (fragmentation counts), out_of_memory (metadata limit), limit_reached
   /// (more than 1024 threads at once).
-  Result<IovaRange> allocate(Bytes length, const AllocateOptions& options = {}) noexcept;
+  Result<IovaRange> allocate(Bytes length, AllocateOptions options = {}) noexcept;
   /// One contiguous interval for the parts of a scatter list, each rounded up to the granule: `starts[i]` becomes where
   /// part i begins. The spans have equal sizes. Errors: as allocate(). Undo: free() of the returned range.
   Result<IovaRange> allocate_contiguous(std::span<const Bytes> parts, std::span<Iova> starts,
-                                        const AllocateOptions& options = {}) noexcept;
+                                        AllocateOptions options = {}) noexcept;
   /// Gives a live interval back, all of it. Lock-free; any thread, not only the one that allocated it.
   /// Errors, which change nothing: invalid_argument (malformed or not of whole granules), not_found (nothing live
   /// begins there: a double or foreign free), would_bisect (part of a live interval, or more than it; the detail names
@@ -113,7 +113,8 @@ class IntervalAllocator {
 
  private:
   IntervalAllocator(std::unique_ptr<AllocatorCore> core, unsigned granule_log2) noexcept;
-  Result<IovaRange> allocate_slow(Bytes length, const AllocateOptions& options) noexcept;
+  /// The start, or nothing_popped and why.
+  std::uint64_t allocate_slow(Bytes length, AllocateOptions options, Error& why) noexcept;
   Result<void> free_slow(IovaRange range) noexcept;
 
   std::unique_ptr<AllocatorCore> core_;
@@ -121,16 +122,22 @@ class IntervalAllocator {
   unsigned granule_log2_;
 };
 
-inline Result<IovaRange> IntervalAllocator::allocate(Bytes length, const AllocateOptions& options) noexcept {
+// Both ways answer with a start in a register: a Result that is made on one side of a call goes through memory, and the
+// next free would wait for it there.
+inline Result<IovaRange> IntervalAllocator::allocate(Bytes length, AllocateOptions options) noexcept {
   const std::uint64_t align = options.align.value;
   const bool plain =
       options.ceiling == iova_max && (align == 0 || ((align & (align - 1)) | (length.value & (align - 1))) == 0);
   const auto quick = id_ % ThreadSlots::quick;
-  if (plain && thread_slots.allocator_id[quick] == id_) [[likely]] {
-    if (const auto start = pop_fast(*thread_slots.cache[quick], length.value)) [[likely]]
-      return IovaRange{Iova{*start}, Iova{*start + (length.value - 1)}};
+  std::uint64_t start = nothing_popped;
+  if (plain && thread_slots.allocator_id[quick] == id_) [[likely]]
+    start = pop_fast(*thread_slots.cache[quick], length.value);
+  if (start == nothing_popped) [[unlikely]] {
+    Error why;
+    start = allocate_slow(length, options, why);
+    if (start == nothing_popped) return why;
   }
-  return allocate_slow(length, options);
+  return IovaRange{Iova{start}, Iova{start + (length.value - 1)}};
 }
 
 inline Result<void> IntervalAllocator::free(IovaRange range) noexcept {

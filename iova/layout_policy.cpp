@@ -168,8 +168,10 @@ std::vector<LayoutRefusal> LayoutPolicy::host_says(std::span<const IovaRange> ra
       if (const auto missing = usable_.first_missing(range))
         broken.push_back({"", *missing, LayoutRefusal::Against::aperture, range});
   }
+  // A mapping beside a fixed layout's promise needs only what the host offers.
+  const UsableRanges reachable = layout_ == Layout::fixed ? aperture_.without(all_reserved(devices_)) : usable_;
   for (const IovaRange& mapping : live)
-    if (const auto missing = usable_.first_missing(mapping))
+    if (const auto missing = reachable.first_missing(mapping))
       broken.push_back({"", *missing, LayoutRefusal::Against::aperture, mapping});
   return broken;
 }

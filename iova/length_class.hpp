@@ -39,16 +39,21 @@ struct LengthKey {
 inline constexpr unsigned magazine_place_bits = 9;
 inline constexpr unsigned magazine_places = 1U << magazine_place_bits;
 
-constexpr unsigned place_of_length(std::uint64_t units) noexcept {
-  return static_cast<unsigned>((units * 0x9e3779b97f4a7c15ULL) >> (64 - magazine_place_bits));
+/// The multiplier for lengths in bytes.
+constexpr std::uint64_t place_multiplier(unsigned granule_log2) noexcept {
+  return 0x9e3779b97f4a7c15ULL >> granule_log2;
+}
+constexpr unsigned place_of_length(std::uint64_t bytes, std::uint64_t multiplier) noexcept {
+  return static_cast<unsigned>((bytes * multiplier) >> (64 - magazine_place_bits));
 }
 /// Classes with further wishes have other places than the plain class of their length.
-constexpr unsigned magazine_place(LengthKey key) noexcept {
-  return place_of_length(key.length() + ((key.raw & 0xfff) << 16));
+constexpr unsigned magazine_place(LengthKey key, unsigned granule_log2) noexcept {
+  return place_of_length((key.length() + ((key.raw & 0xfff) << 16)) << granule_log2, place_multiplier(granule_log2));
 }
 
 struct LengthClass : ArenaObject {
   LengthKey key;
+  std::uint32_t code;                     ///< its place in the table of classes: 12 bits, not 0, of no other class
   std::atomic<std::uint64_t> slots;       ///< in runs of this class
   std::atomic<std::uint64_t> slots_free;  ///< of these, in nobody's magazine and not live; approximate
   RunShelf shelf;

@@ -34,7 +34,7 @@ unsigned AllocatorCore::capacity_for(const LengthClass& c) const noexcept {
 
 // The magazine for a class, empty or with valid entries. Null without memory. Not inside a section.
 Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId class_id) noexcept {
-  auto& place = me.magazines[magazine_place(key)];
+  auto& place = me.magazines[magazine_place(key, granule_log2_)];
   // relaxed: only the owner writes the place and its magazine.
   Magazine* magazine = place.load(std::memory_order_relaxed);
   if (magazine == &no_magazine) {
@@ -57,11 +57,16 @@ Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId c
     }
     magazine->class_id = class_id;
     magazine->length_class = class_at(class_id);
+    magazine->class_code = magazine->length_class->code;
     const std::uint64_t length = key.length();
     // Of the length in bytes, which is at least 2^12. Not exact for very long ones: push_fast() checks what it finds.
     magazine->reciprocal = ~std::uint64_t{0} / bytes_of(length) + 1;
-    magazine->fine_shift = floor_log2(length) + granule_log2_;
-    magazine->coarse_shift = std::min(magazine->fine_shift + HintTable::coarse_log2, 63U);
+    const unsigned fine_shift = floor_log2(length) + granule_log2_;
+    const unsigned coarse_shift = std::min(fine_shift + HintTable::coarse_log2, 63U);
+    magazine->granule_turn = static_cast<std::uint8_t>(granule_log2_ - 12);
+    magazine->fine_shift = static_cast<std::uint8_t>(fine_shift);
+    magazine->coarse_shift = static_cast<std::uint8_t>(coarse_shift);
+    magazine->coarse_salt = static_cast<std::uint32_t>(HintTable::salt(coarse_shift));
     magazine->capacity = capacity_for(*magazine->length_class);
     // relaxed: a statistic for others. Where every address is one interval its length does not fit and the fast paths,
     // which compare with this, never see it.
@@ -83,36 +88,34 @@ void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
   const std::uint32_t had = magazine.size();
   unsigned kept = 0;
   for (unsigned i = 0; i < had; ++i) {
-    const MagazineEntry& entry = magazine.entries[i];
+    const MagazineEntry entry = magazine.entry(i);
     const Run& run = entry.run();
     // Only this thread writes words that carry its incarnations, so if the CAS below succeeds the word has not changed
     // since this thread wrote it, and the run has been the same since. But it may be a later run in the same object:
     // the slot was evicted, the run buried, and this thread made another of it, still under the old incarnation.
     // R.shape - acquire.
-    const bool same = bytes_of(run.first.load(std::memory_order_acquire)) +
-                              entry.index() * magazine.length.load(std::memory_order_relaxed) ==
-                          entry.start() &&
-                      run.length_class.load(std::memory_order_acquire) == magazine.class_id;
+    const Unit first = (entry.start - entry.index * magazine.length.load(std::memory_order_relaxed)) >> granule_log2_;
+    const bool same = run.identity.load(std::memory_order_acquire) == RunIdentity::of(first, magazine.class_code).raw;
     std::uint64_t expected = old.raw;
     base::yield_point("magazine.carry");
     // A.slot - acq_rel: whoever evicted the slot meanwhile has it.
     if (same &&
         entry.word->compare_exchange_strong(expected, now.raw, std::memory_order_acq_rel, std::memory_order_relaxed))
-      magazine.entries[kept++] = entry;
+      magazine.put(kept++, entry);
   }
   magazine.adopt(me.incarnation());
   bump(magazine.intake, static_cast<std::int64_t>(kept) - static_cast<std::int64_t>(had));
   magazine.resize(kept);
   // A doomed run's slots are not handed out again. They are rare: sort them out one by one.
   for (unsigned i = 0; i < magazine.size();) {
-    const MagazineEntry entry = magazine.entries[i];
+    const MagazineEntry entry = magazine.entry(i);
     // R.doomed - seq_cst: set_usable() dooms runs before it closes incarnations.
     if ((entry.run().flags.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
       ++i;
       continue;
     }
     magazine.resize(magazine.size() - 1);
-    magazine.entries[i] = magazine.entries[magazine.size()];
+    magazine.put(i, magazine.entry(magazine.size()));
     bump(magazine.intake, std::int64_t{-1});
     put_back(me, {&entry, 1}, magazine.incarnation);
   }
@@ -150,7 +153,7 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
         // A.slot - acq_rel: hoarded -> free. It fails if a claim took the slot.
         if (entries[i].word->compare_exchange_strong(expected, SlotWord::of(SlotState::free).raw,
                                                      std::memory_order_acq_rel, std::memory_order_relaxed))
-          mask |= std::uint64_t{1} << entries[i].index();
+          mask |= std::uint64_t{1} << entries[i].index;
       }
       if (mask == 0) continue;
       note_free_slots(me, run, mask);
@@ -166,8 +169,10 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
 }
 
 void AllocatorCore::flush(ThreadCache& me, Magazine& magazine, unsigned count) noexcept {
-  put_back(me, {magazine.entries, count}, magazine.incarnation);
-  std::copy(magazine.entries + count, magazine.entries + magazine.size(), magazine.entries);
+  std::array<MagazineEntry, Magazine::entries_max> leaving;
+  for (unsigned i = 0; i < count; ++i) leaving[i] = magazine.entry(i);
+  put_back(me, {leaving.data(), count}, magazine.incarnation);
+  for (unsigned i = count; i < magazine.size(); ++i) magazine.put(i - count, magazine.entry(i));
   bump(magazine.intake, -static_cast<std::int64_t>(count));
   magazine.resize(magazine.size() - count);
 }

@@ -12,7 +12,7 @@
 //   its load and its CAS to be fooled.
 // Reclamation: none; memory of one kind is reused for that kind. The kernel gives pages on first touch, so resident
 //   memory follows the high-water mark of what was live.
-// Proven by: tests/unit/metadata_arena_test.cpp, and the allocator's own stress tests.
+// Proven by: tests/unit/run_shelf_test.cpp, and the allocator's own stress tests.
 #pragma once
 
 #include <array>

@@ -4,8 +4,13 @@
 #include "base/asymmetric_barrier.hpp"
 #include "base/yield_point.hpp"
 #include "iova/allocator_core.hpp"
+#include "iova/fast_paths.hpp"
 
 namespace iovane::iova {
+
+bool push_by_fine_hint(ThreadCache& me, Magazine& magazine, std::uint64_t start, std::uint64_t length) noexcept {
+  return push_by_hint(me, magazine, start, length, HintTable::index(start, magazine.fine_shift));
+}
 
 // A run that may hold the interval, by the hints.
 Run* AllocatorCore::hinted_run(std::uint64_t start, std::uint64_t length) const noexcept {

@@ -71,6 +71,15 @@ struct RunTag {
   constexpr unsigned slots() const noexcept { return static_cast<unsigned>(raw & 0xff); }
 };
 
+/// [63..12] first unit | [11..0] LengthClass::code, 0 unless shelved. One comparison tells a thread that a slot that it
+/// found by a hint is the interval that it looks for.
+struct RunIdentity {
+  std::uint64_t raw = 0;
+  static constexpr unsigned code_bits = 12;
+  static constexpr RunIdentity of(Unit first, std::uint32_t code) noexcept { return {(first << code_bits) | code}; }
+  constexpr Unit first() const noexcept { return raw >> code_bits; }
+};
+
 struct Run : VersionedObject {
   static constexpr unsigned slots_max = 64;
   static constexpr std::uint32_t doomed = 1;
@@ -78,10 +87,10 @@ struct Run : VersionedObject {
   static constexpr std::uint32_t no_position = ~std::uint32_t{0};
 
   // Atomics because readers without a section may look while the object is made into another run; see Identity.
-  std::atomic<std::uint64_t> tag;      ///< RunTag: generation and number of slots
-  std::atomic<std::uint64_t> first;    ///< unit
-  std::atomic<std::uint64_t> length;   ///< units per slot
-  std::atomic<ObjectId> length_class;  ///< 0 unless shelved
+  std::atomic<std::uint64_t> tag;       ///< RunTag: generation and number of slots
+  std::atomic<std::uint64_t> identity;  ///< RunIdentity: the first unit, and which class's slots follow
+  std::atomic<std::uint64_t> length;    ///< units per slot
+  std::atomic<ObjectId> length_class;   ///< 0 unless shelved
   std::atomic<RunKind> run_kind;
   std::atomic<std::uint8_t> slots;        ///< also while the tag is closed
   std::atomic<std::uint64_t> reciprocal;  ///< reciprocal_of(): makes the division a multiplication
@@ -140,8 +149,8 @@ struct RunShape {
     // R.shape - acquire, pairs with W.shape: each load stays before the next, and a value of a later incarnation brings
     // the odd generation with it, which unchanged() sees.
     return {RunTag{run.tag.load(std::memory_order_acquire)}, run.slots.load(std::memory_order_acquire),
-            run.first.load(std::memory_order_acquire), run.length.load(std::memory_order_acquire),
-            run.reciprocal.load(std::memory_order_acquire)};
+            RunIdentity{run.identity.load(std::memory_order_acquire)}.first(),
+            run.length.load(std::memory_order_acquire), run.reciprocal.load(std::memory_order_acquire)};
   }
   constexpr bool valid() const noexcept { return tag.slots() != 0; }
   bool unchanged(const Run& run) const noexcept {

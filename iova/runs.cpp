@@ -76,7 +76,8 @@ AllocatorCore::MadeRun AllocatorCore::make_run(ThreadCache& me, const RunPlan& p
     run->birth = birth;
     // W.shape - release, as in prepare_run().
     run->born.store(birth, std::memory_order_release);
-    run->first.store(*start, std::memory_order_release);
+    run->identity.store(RunIdentity::of(*start, plan.length_class == 0 ? 0 : class_at(plan.length_class)->code).raw,
+                        std::memory_order_release);
     // W.shape - release: from here on the fields may be read as this run's. Its slots can only be reached by way of
     // the map or of the shelf's ready bit, both later; a stale hint may lead here earlier and finds a true answer only
     // if it asks for units that the commit below has given to us or is about to.

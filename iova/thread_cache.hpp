@@ -48,26 +48,26 @@ struct HintEntry {
 struct HintTable {
   static constexpr unsigned bits = 17;
   static constexpr unsigned coarse_log2 = 6;
-  static constexpr std::size_t index(std::uint64_t start, unsigned shift) noexcept {
+  static constexpr std::uint64_t salt(unsigned shift) noexcept { return std::uint64_t{shift} << 10; }
+  static constexpr std::size_t index(std::uint64_t start, unsigned shift, std::uint64_t salt_of_shift) noexcept {
     const std::uint64_t block = start >> shift;
-    return static_cast<std::size_t>((block ^ (block >> 16) ^ (std::uint64_t{shift} << 10)) &
-                                    ((std::uint64_t{1} << bits) - 1));
+    return static_cast<std::size_t>((block ^ (block >> 16) ^ salt_of_shift) & ((std::uint64_t{1} << bits) - 1));
+  }
+  static constexpr std::size_t index(std::uint64_t start, unsigned shift) noexcept {
+    return index(start, shift, salt(shift));
   }
 };
 
-/// A hoarded slot. Addresses are in bytes here, so that the fast paths need not convert; a granule's 12 low bits hold
-/// the slot's index in its run.
+/// A hoarded slot. Addresses are in bytes here, so that the fast paths need not convert.
 struct MagazineEntry {
-  std::uint64_t tagged_start = 0;
+  std::uint64_t start = 0;
   SlotWordPtr word = nullptr;
+  std::uint8_t index = 0;  ///< of the slot in its run
 
-  static constexpr std::uint64_t tag_mask = 0xfff;
   static MagazineEntry of(std::uint64_t start, Run& run, unsigned index) noexcept {
-    return {start | index, &run.slot(index)};
+    return {start, &run.slot(index), static_cast<std::uint8_t>(index)};
   }
-  std::uint64_t start() const noexcept { return tagged_start & ~tag_mask; }
-  unsigned index() const noexcept { return static_cast<unsigned>(tagged_start & tag_mask); }
-  Run& run() const noexcept { return *(reinterpret_cast<Run*>(word - index()) - 1); }
+  Run& run() const noexcept { return *(reinterpret_cast<Run*>(word - index) - 1); }
 };
 
 inline constexpr std::uint64_t live_to_hoarded =
@@ -81,14 +81,27 @@ struct alignas(64) Magazine : ArenaObject {
   std::uint64_t live_raw;             ///< a slot's word that is live and biased to `incarnation`
   std::uint64_t reciprocal;           ///< 2^64 / length rounded up
   std::uint32_t capacity;             ///< below entries_max, so that one more always has room
+  std::uint32_t class_code;           ///< LengthClass::code
+  std::uint8_t granule_turn;          ///< granule_log2 - 12
+  std::uint8_t coarse_shift;          ///< see HintTable
+  std::uint8_t fine_shift;
+  std::uint32_t coarse_salt;
+  // Behind the first cache line: the entries, and what only the shared level uses. An entry's parts lie apart: what the
+  // next allocation answers with is exactly what a free stored, so one's latency does not wait for the other's search.
+  struct Interval {
+    std::uint64_t start;
+    SlotWordPtr word;
+  } intervals[entries_max];
+  std::uint8_t indices[entries_max];
   ObjectId class_id;
-  std::uint32_t coarse_shift;  ///< see HintTable
-  std::uint32_t fine_shift;
-  // Behind the first cache line: the entries, and what only the shared level uses.
-  MagazineEntry entries[entries_max];
   std::atomic<std::int64_t> intake;  ///< entries from runs less entries to runs: intake - count are live, net
   LengthClass* length_class;
 
+  MagazineEntry entry(std::uint32_t i) const noexcept { return {intervals[i].start, intervals[i].word, indices[i]}; }
+  void put(std::uint32_t i, const MagazineEntry& e) noexcept {
+    intervals[i] = {e.start, e.word};
+    indices[i] = e.index;
+  }
   void adopt(Incarnation i) noexcept {
     incarnation = i;
     live_raw = SlotWord::of(SlotState::live, i).raw;
@@ -114,7 +127,7 @@ struct alignas(64) ThreadCache : ArenaObject, Participant {
   std::atomic<std::uint64_t> state;
   std::atomic<SlotWordPtr> busy;  ///< the slot being changed, null for none
   SlotWord live_word;             ///< what a slot that this thread hands out says
-  std::uint32_t granule_log2;
+  std::uint64_t place_multiplier;
   const HintEntry* hints;
   std::uint32_t index;
   std::atomic<std::uint32_t> owned;            ///< 1 while a thread has it

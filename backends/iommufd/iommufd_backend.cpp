@@ -4,6 +4,7 @@
 
 #include "backends/iommufd/ioas_calls.hpp"
 #include "backends/iommufd/iommufd_space.hpp"
+#include "backends/sysfs_inventory.hpp"
 #include "base/error_text.hpp"
 
 namespace iovane::backends {
@@ -34,6 +35,10 @@ class IommufdBackend final : public Backend {
       return base::fail(Errc::invalid_argument, Stage::attach, 0,
                         "a device can only move between two spaces of the same /dev/iommu descriptor");
     return target->take_over(*source, device);
+  }
+
+  std::vector<IovaRange> reserved_by(const DeviceSource& source) override {
+    return reserved_of(shared_.kernel(), source.pci_address);
   }
 
  private:

@@ -5,6 +5,7 @@
 #include "backends/container_supply.hpp"
 #include "backends/iommufd/ioas_calls.hpp"
 #include "backends/kernel_error.hpp"
+#include "backends/sysfs_inventory.hpp"
 #include "backends/type1/type1_space.hpp"
 #include "backends/uapi/iommufd.hpp"
 #include "backends/uapi/vfio.hpp"
@@ -48,6 +49,10 @@ class Type1Backend final : public Backend {
 
   Result<AttachedDevice> move_device(BackendSpace&, DeviceId, BackendSpace&) override {
     return cannot_move_between_containers();
+  }
+
+  std::vector<IovaRange> reserved_by(const DeviceSource& source) override {
+    return reserved_of(kernel_, source.pci_address);
   }
 
  private:

@@ -67,6 +67,8 @@ std::size_t AddressSpace::take_unmapped_dirty(std::span<DirtyRun> out) noexcept 
   return core_->take_unmapped_dirty(out);
 }
 DirtyStats AddressSpace::dirty_stats() const noexcept { return core_->dirty_stats(); }
+Result<GuestLayout> AddressSpace::guest_layout() { return core_->guest_layout(); }
+Result<std::vector<LayoutBreach>> AddressSpace::check_layout() { return core_->check_layout(); }
 Result<std::vector<IovaRange>> AddressSpace::usable_ranges() const { return core_->usable_ranges(); }
 
 Result<Memory> AddressSpace::register_memory(const MemoryConfig& config) {

@@ -188,15 +188,22 @@ Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();  // what counts against the new device's holes is what is live
-  auto attached = state_.backend->attach({device.pci_address, device.cdev_fd, device.group_fd});
-  if (!attached) return attached.error();
+  const backends::DeviceSource source{device.pci_address, device.cdev_fd, device.group_fd};
+  if (const auto expected = expect_device(source); !expected) return expected.error();
+  auto attached = state_.backend->attach(source);
+  if (!attached) {
+    layout_->forget(name_of(source));
+    return attached.error();
+  }
   if (const auto refreshed = refresh_usable(); !refreshed) {
     (void)state_.backend->detach(attached->id);
+    layout_->forget(name_of(source));
     (void)refresh_usable();
-    return refreshed.error();
+    return fail(refreshed.error().code, Stage::attach, refreshed.error().os_errno, "{} cannot be attached: {}",
+                attached->name, refreshed.error().detail());
   }
   refresh_facts();
-  device_names_[attached->id.value] = {device.pci_address, device.cdev_fd, device.group_fd};
+  device_names_[attached->id.value] = source;
   return DeviceInfo{attached->id.value, std::move(attached->name), attached->device_fd, std::move(attached->reserved)};
 }
 
@@ -207,7 +214,10 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
   if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached;
-  device_names_.erase(device_id);
+  if (const auto known = device_names_.find(device_id); known != device_names_.end()) {
+    layout_->forget(name_of(known->second));
+    device_names_.erase(known);
+  }
   refresh_facts();
   return refresh_usable();
 }
@@ -219,42 +229,37 @@ Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {
 }
 
 Result<void> SpaceCore::refresh_usable() {
-  auto usable = state_.backend->usable_ranges();
-  if (!usable) return usable.error();
-  const auto covered = [&](IovaRange range) {
-    return std::any_of(usable->begin(), usable->end(), [&](const IovaRange& window) { return window.contains(range); });
-  };
-  Error conflict{};
-  state_.index.for_each(IovaRange::everything(), [&](MappingId, const MappingRecord& record) {
-    if (covered(record.range)) return true;
-    conflict = fail(Errc::iova_reserved, Stage::attach, 0,
-                    "the live mapping [{:#x}, {:#x}] would no longer be wholly usable; unmap it first",
-                    record.range.start.value, record.range.last.value);
-    return false;
-  });
-  if (conflict) return conflict;
-  for (const IovaRange& promise : config_.promised) {
-    if (!usable->empty() && !covered(promise))
-      return fail(Errc::iova_reserved, Stage::attach, 0,
-                  "the promised range [{:#x}, {:#x}] would no longer be wholly usable; remove the device that reserves "
-                  "part of it, or promise another layout",
-                  promise.start.value, promise.last.value);
+  const auto breaches = read_usable();
+  if (!breaches) return breaches.error();
+  if (breaches->empty()) return {};
+  return fail(Errc::iova_reserved, Stage::attach, 0, "{}{}", breaches->front().text,
+              breaches->size() == 1 ? "" : fmt::format("; and {} more like this", breaches->size() - 1));
+}
+
+Result<std::vector<LayoutBreach>> SpaceCore::read_usable() {
+  const auto host = state_.backend->usable_ranges();
+  if (!host) return host.error();
+  if (!layout_) {
+    auto layout = SpaceLayout::create(config_.layout, config_.promised, *host);
+    if (!layout) return layout.error();
+    layout_ = *std::move(layout);
   }
-  if (config_.layout == LayoutPolicy::engine_managed && !usable->empty()) {
+  auto breaches = layout_->host_says(*host, state_.index);
+  auto usable = layout_->usable();
+  if (config_.layout == LayoutPolicy::engine_managed && !usable.empty()) {
     if (!state_.allocator) {
       iova::IntervalAllocatorConfig allocator;
       allocator.granule = state_.backend->facts().granule;
-      allocator.windows = *usable;
+      allocator.windows = usable;
       auto made = iova::IntervalAllocator::create(allocator);
       if (!made) return made.error();
       state_.allocator = *std::move(made);
-    } else if (const auto narrowed = state_.allocator->set_usable(*usable); !narrowed) {
+    } else if (const auto narrowed = state_.allocator->set_usable(usable); !narrowed) {
       return narrowed.error();
     }
   }
-  state_.usable = *std::move(usable);
-  state_.window = no_window;
-  return {};
+  state_.usable = std::move(usable);
+  return breaches;
 }
 
 void SpaceCore::refresh_facts() {

@@ -15,6 +15,7 @@
 #include "engine/lane.hpp"
 #include "engine/lane_tasks.hpp"
 #include "engine/space_cache.hpp"
+#include "engine/space_layout.hpp"
 #include "engine/space_state.hpp"
 #include "engine/stats_page.hpp"
 #include "iovane/address_space.hpp"
@@ -23,6 +24,9 @@ namespace iovane::engine {
 
 class EngineCore;
 class QueueCore;
+
+/// What a device is called in texts and in the layout.
+std::string name_of(const backends::DeviceSource& source);
 
 /// Shared by the AddressSpace, its queues, leases and registered memories; the last of them ends it. After close() the
 /// kernel objects are gone and every call answers Errc::closed.
@@ -55,6 +59,9 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   DirtyStats dirty_stats() noexcept;
 
   Result<std::vector<IovaRange>> usable_ranges();
+  // space_devices.cpp.
+  Result<GuestLayout> guest_layout();
+  Result<std::vector<LayoutBreach>> check_layout();
   Result<MemoryId> register_memory(const MemoryConfig& memory);
   void unregister_memory(MemoryId memory) noexcept;
   Result<Bytes> memory_length(MemoryId memory) noexcept;
@@ -78,8 +85,11 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   /// Makes worker_ the node's worker, once. Not with the lane held.
   Result<void> start_worker();
   Result<DeviceInfo> attach_now(const DeviceConfig& device);
-  /// Called with the lane held.
+  /// Called with the lane held. refresh_usable() reads what the host says and follows it; its error is the first thing
+  /// that does not hold any more. expect_device() is asked before a device comes.
   Result<void> refresh_usable();
+  Result<std::vector<LayoutBreach>> read_usable();
+  Result<void> expect_device(const backends::DeviceSource& source);
   void refresh_facts();
   /// Of a mapping that is there.
   bool is_stale(MappingId mapping) const noexcept;
@@ -103,6 +113,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::unique_ptr<StaleFlusher> flusher_;
   std::unique_ptr<Relief> relief_;
   std::atomic<std::uint32_t> queues_opened_{0};
+  std::optional<SpaceLayout> layout_;                             // made by create()
   std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again
   std::unique_ptr<DirtyLog> dirty_;                               // made by the first start_dirty_tracking()
   AddressSpaceFacts facts_;

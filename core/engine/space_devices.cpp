@@ -41,16 +41,30 @@ Result<DeviceInfo> SpaceCore::move_device(std::uint32_t device_id, SpaceCore& to
   const TwoLanes held{lane_, to.lane_};
   if (state_.closed || to.state_.closed) return closed_error();
   backends::Backend& backend = engine_->backend();
+  const auto known = device_names_.find(device_id);
+  if (known == device_names_.end())
+    return fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this address space", device_id);
+  const backends::DeviceSource source = known->second;
+  if (const auto expected = to.expect_device(source); !expected) return expected.error();
   auto moved = backend.move_device(*state_.backend, backends::DeviceId{device_id}, *to.state_.backend);
+  if (!moved) to.layout_->forget(name_of(source));
   if (moved) {
     if (const auto fits = to.refresh_usable(); !fits) {
+      to.layout_->forget(name_of(source));
       const auto back = backend.move_device(*to.state_.backend, moved->id, *state_.backend);
       (void)to.refresh_usable();
-      if (back) return fits.error();
+      if (back) {
+        device_names_.erase(device_id);
+        device_names_[back->id.value] = source;
+        return fits.error();
+      }
       return fail(fits.error().code, Stage::attach, fits.error().os_errno,
                   "{}; and the device could not go back ({}), so it stays in the address space it was moved to",
                   fits.error().detail(), back.error().detail());
     }
+    layout_->forget(name_of(source));
+    to.device_names_[moved->id.value] = source;
+    device_names_.erase(device_id);
     return to.moved_in(*std::move(moved), *this);
   }
   if (moved.error().code != Errc::unsupported || gap == AddressSpace::Gap::refuse) return moved.error();
@@ -71,7 +85,11 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
   if (name == device_names_.end())
     return fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this address space", device_id);
   const backends::DeviceSource source = name->second;
-  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached.error();
+  if (const auto expected = to.expect_device(source); !expected) return expected.error();
+  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) {
+    to.layout_->forget(name_of(source));
+    return detached.error();
+  }
   device_names_.erase(name);
   auto attached = to.state_.backend->attach(source);
   Error refused = attached.error();
@@ -83,10 +101,13 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
     }
   }
   if (!refused) {
+    layout_->forget(name_of(source));
     to.device_names_[attached->id.value] = source;
     return to.moved_in(*std::move(attached), *this);
   }
+  to.layout_->forget(name_of(source));
   const auto back = state_.backend->attach(source);
+  if (!back) layout_->forget(name_of(source));
   if (back) device_names_[back->id.value] = source;
   refresh_facts();
   (void)refresh_usable();
@@ -96,6 +117,30 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
   return fail(refused.code, Stage::attach, refused.os_errno,
               "{}; going back failed too ({}), so the device is attached nowhere", refused.detail(),
               back.error().detail());
+}
+
+std::string name_of(const backends::DeviceSource& source) {
+  if (!source.pci_address.empty()) return source.pci_address;
+  return source.cdev_fd >= 0 ? fmt::format("cdev fd {}", source.cdev_fd) : fmt::format("group fd {}", source.group_fd);
+}
+
+Result<void> SpaceCore::expect_device(const backends::DeviceSource& source) {
+  return layout_->expect(name_of(source), engine_->backend().reserved_by(source), state_.index);
+}
+
+Result<GuestLayout> SpaceCore::guest_layout() {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  if (const auto fresh = read_usable(); !fresh) return fresh.error();
+  auto layout = layout_->show();
+  if (layout) state_.usable = layout_->usable();
+  return layout;
+}
+
+Result<std::vector<LayoutBreach>> SpaceCore::check_layout() {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  return read_usable();
 }
 
 int SpaceCore::page_fault_fd() noexcept {

@@ -61,6 +61,9 @@ class TappedBackend final : public backends::Backend {
                                                backends::BackendSpace& to) override {
     return inner_->move_device(static_cast<TappedSpace&>(from).inner(), device, static_cast<TappedSpace&>(to).inner());
   }
+  std::vector<IovaRange> reserved_by(const backends::DeviceSource& source) override {
+    return inner_->reserved_by(source);
+  }
 
  private:
   std::unique_ptr<backends::Backend> inner_;

@@ -56,6 +56,26 @@ struct DeviceInfo {
   std::vector<IovaRange> reserved;  ///< what it takes out of the address space
 };
 
+/// Addresses that a guest must be told not to use, for its firmware tables.
+struct LayoutHole {
+  IovaRange range{};
+  std::vector<std::string> devices;  ///< which reserve some of it; empty where the host translates nothing
+};
+
+/// What a guest may be told about its I/O addresses.
+struct GuestLayout {
+  std::vector<IovaRange> usable;  ///< sorted, disjoint
+  std::vector<LayoutHole> holes;  ///< everything else
+};
+
+/// Something that was said or mapped and that the host no longer keeps.
+struct LayoutBreach {
+  IovaRange missing{};  ///< what cannot be used any more
+  IovaRange needed{};   ///< the live mapping, promise or shown range that needs it
+  bool live = false;    ///< `needed` is a live mapping
+  std::string text;
+};
+
 class AddressSpace;
 
 /// What the end of an address space left behind.
@@ -139,8 +159,12 @@ class AddressSpace {
 
   const AddressSpaceFacts& facts() const noexcept;
 
-  /// Brings a device in. May narrow usable_ranges(); refused when that would take away a live mapping or a promise.
+  /// Brings a device in. May narrow usable_ranges(). Refused (iova_reserved) when that would take away a live mapping,
+  /// a promised range, or one that guest_layout() showed: before it is attached where the host says what the device
+  /// reserves, else it is taken out again. The detail names the device, the reserved range and what it conflicts with.
   Result<DeviceInfo> attach(const DeviceConfig& device);
+  /// The device is gone also where the answer is iova_reserved: then a live mapping or a promise does not hold any
+  /// more.
   Result<void> detach(std::uint32_t device_id);
   /// Moves a device to another address space of the same engine, while batches run in both. Where the interface can
   /// (iommufd) the device translates through one or the other at every moment, and its descriptor stays; elsewhere
@@ -178,6 +202,13 @@ class AddressSpace {
   std::size_t take_unmapped_dirty(std::span<DirtyRun> out) noexcept;
   DirtyStats dirty_stats() const noexcept;
 
+  /// The layout for the guest's firmware tables. With LayoutPolicy::host_constrained it is made by the first call, from
+  /// the devices that are attached then, and does not change from there on. Errors: unsupported where the host knows
+  /// nothing before the first device.
+  Result<GuestLayout> guest_layout();
+  /// Asks the host again what is usable, and answers with what does not hold any more: others may change an IOAS that
+  /// is shared. Empty: all is well.
+  Result<std::vector<LayoutBreach>> check_layout();
   /// IOVAs that can be mapped, sorted and disjoint: a snapshot.
   Result<std::vector<IovaRange>> usable_ranges() const;
 

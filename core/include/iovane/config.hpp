@@ -78,7 +78,8 @@ struct EngineConfig {
 enum class LayoutPolicy : std::uint8_t {
   engine_managed,    ///< the engine chooses; fixed placements are allowed beside
   fixed,             ///< the caller chooses inside `promised` ranges, which every later attach must respect
-  host_constrained,  ///< the caller chooses inside the ranges usable at creation plus first attaches; see docs
+  host_constrained,  ///< the caller chooses inside what AddressSpace::guest_layout() showed, which later attaches
+                     ///< respect
 };
 
 /// When a device can no longer reach unmapped memory.

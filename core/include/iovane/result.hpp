@@ -96,6 +96,41 @@ inline Error make_error(Errc code, Stage stage, std::string_view detail) noexcep
   return make_error(code, stage, 0, detail);
 }
 
+namespace detail {
+
+/// Where a Result keeps what it has. Plain values stand beside their error, so that the compiler can keep both in
+/// registers, which it does not with a variant; others share a place with it.
+template <typename T>
+class ResultState {
+ public:
+  constexpr ResultState(T value) noexcept(std::is_nothrow_move_constructible_v<T>) : state_{std::move(value)} {}
+  constexpr ResultState(Error error) noexcept : state_{error} {}
+  constexpr bool has_value() const noexcept { return state_.index() == 0; }
+  constexpr T* value() noexcept { return std::get_if<0>(&state_); }
+  constexpr const T* value() const noexcept { return std::get_if<0>(&state_); }
+  constexpr Error error() const noexcept { return has_value() ? Error{} : *std::get_if<1>(&state_); }
+
+ private:
+  std::variant<T, Error> state_;
+};
+
+template <typename T>
+requires(std::is_trivially_copyable_v<T>&& std::is_nothrow_default_constructible_v<T>) class ResultState<T> {
+ public:
+  constexpr ResultState(T value) noexcept : value_{value} {}
+  constexpr ResultState(Error error) noexcept : error_{error} {}
+  constexpr bool has_value() const noexcept { return error_.ok(); }
+  constexpr T* value() noexcept { return &value_; }
+  constexpr const T* value() const noexcept { return &value_; }
+  constexpr Error error() const noexcept { return error_; }
+
+ private:
+  T value_{};
+  Error error_{};
+};
+
+}  // namespace detail
+
 /// A value or an Error. The methods mean what they mean in std::expected<T, Error>.
 template <typename T>
 class [[nodiscard]] Result {
@@ -105,17 +140,17 @@ class [[nodiscard]] Result {
   constexpr Result(T value) noexcept(std::is_nothrow_move_constructible_v<T>) : state_{std::move(value)} {}
   constexpr Result(Error error) noexcept : state_{error} {}
 
-  constexpr bool has_value() const noexcept { return state_.index() == 0; }
+  constexpr bool has_value() const noexcept { return state_.has_value(); }
   constexpr explicit operator bool() const noexcept { return has_value(); }
 
   /// Precondition of the five below, as in std::expected: there is a value.
-  constexpr T& operator*() & noexcept { return *std::get_if<0>(&state_); }
-  constexpr const T& operator*() const& noexcept { return *std::get_if<0>(&state_); }
-  constexpr T&& operator*() && noexcept { return std::move(*std::get_if<0>(&state_)); }
-  constexpr T* operator->() noexcept { return std::get_if<0>(&state_); }
-  constexpr const T* operator->() const noexcept { return std::get_if<0>(&state_); }
+  constexpr T& operator*() & noexcept { return *state_.value(); }
+  constexpr const T& operator*() const& noexcept { return *state_.value(); }
+  constexpr T&& operator*() && noexcept { return std::move(*state_.value()); }
+  constexpr T* operator->() noexcept { return state_.value(); }
+  constexpr const T* operator->() const noexcept { return state_.value(); }
   /// The error; `Errc::ok` when there is a value.
-  constexpr Error error() const noexcept { return has_value() ? Error{} : *std::get_if<1>(&state_); }
+  constexpr Error error() const noexcept { return state_.error(); }
 
   template <typename U>
   constexpr T value_or(U&& other) const& {
@@ -143,7 +178,7 @@ class [[nodiscard]] Result {
   }
 
  private:
-  std::variant<T, Error> state_;
+  detail::ResultState<T> state_;
 };
 static_assert(sizeof(Result<std::uint64_t>) == 16 && std::is_trivially_copyable_v<Result<std::uint64_t>>);
 
