@@ -5,8 +5,7 @@
 // Progress. Lock-free: a thread stopped anywhere holds up nobody. Where a thread finds another's unfinished step in an
 //   entry it needs, it finishes that step itself (`draining`, `cutting` below). Growing the pool and invalidating are
 //   system calls.
-// Lifetimes. Tables above level 0 stay until the editor goes: one page per GiB of addresses ever touched. Level-0
-// tables
+// Lifetimes. Tables above level 0 stay until the editor goes: one page per GiB of addresses ever touched. Level-0 tables
 //   that became empty stay for reuse and are collected when the pool would have to grow (trim()). A level-1 entry with
 //   a table keeps it: a block of 2 MiB is used only where there is none.
 // State of a level-0 table: PageState::users = valid entries + sessions inside, or `dead`.
@@ -24,7 +23,7 @@
 //   session stored in a table happened before whoever finds it empty.
 // Failure and undo: map() checks that everything is free before it writes; if tables run out in the middle it says how
 //   far it came and the caller unmaps that. A failed invalidation leaves everything as it was.
-// Proven by tests/unit/stage1_table_test.cpp (exhaustive small cases), tests/model/stage1_model_test.cpp,
+// Proven by tests/unit/stage1_table_test.cpp (exhaustive small cases, random ones against a reference),
 //   tests/stress/stage1_stress_test.cpp (TSan).
 #pragma once
 
