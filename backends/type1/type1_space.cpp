@@ -253,7 +253,10 @@ Result<Bytes> Type1Space::unmap_all() noexcept {
   if (!has(facts_.capabilities, Capability::unmap_all)) return unmap_windows();
   uapi::Type1DmaUnmap unmap{.flags = uapi::dma_unmap_flag_all};
   int why = call(kernel_, container_.get(), unmap);
-  if (why == EFAULT) why = call(kernel_, container_.get(), unmap);  // done, but for the answer: now it finds nothing
+  if (why == EFAULT) {  // done, but for the answer: now it finds nothing
+    unmap.size = 0;
+    why = call(kernel_, container_.get(), unmap);
+  }
   if (why != 0) return explain_call(Stage::unmap, "VFIO_IOMMU_UNMAP_DMA of everything", why);
   live_bytes_ = 0;
   starts_.clear();
