@@ -220,8 +220,9 @@ class Probe(Command):
     def test_shows_a_host_with_everything(self):
         report = json.loads(self.iovane("probe", "--model", "--json").stdout)
         self.assertEqual(report["choice"], "iommufd")
-        unusable = [interface["interface"] for interface in report["interfaces"] if not interface["usable"]]
-        self.assertEqual([name for name in unusable if not name.startswith("spapr")], [], "an x86 host has no sPAPR, but everything else")
+        unusable = {interface["interface"]: interface["reason"] for interface in report["interfaces"] if not interface["usable"]}
+        self.assertEqual({name for name in unusable if not name.startswith("spapr")}, {"stage1"}, "an x86 host has no sPAPR")
+        self.assertIn("first stage", unusable["stage1"], "this one's IOMMU does not nest")
         self.assertIn("feature", self.iovane("probe", "--model").stdout)
 
 

@@ -445,6 +445,8 @@ TEST_P(CacheContract, a_registered_file_is_acquired_by_offset) {
 TEST_P(CacheContract, memlock_of_64_KiB_of_0_and_unlimited) {
   if (GetParam() == Interface::spapr_v1 || GetParam() == Interface::spapr_v2)
     GTEST_SKIP() << "sPAPR charges windows and registered memory, not mappings";
+  if (stage1())
+    GTEST_SKIP() << "stage1 pins 256 KiB for its tables first: stage1_says_when_its_tables_cannot_be_pinned";
   const Memory memory{64};
   for (const Bytes limit : {64_KiB, Bytes{0}}) {
     restart({.memlock = limit});
@@ -478,6 +480,25 @@ TEST_P(CacheContract, memlock_of_64_KiB_of_0_and_unlimited) {
   std::vector<MemoryLease> leases;
   for (std::size_t i = 0; i < 64; ++i) leases.push_back(acquire(memory.page(i)));
   for (const MemoryLease& lease : leases) EXPECT_TRUE(lease);
+}
+
+TEST_P(CacheContract, stage1_says_when_its_tables_cannot_be_pinned) {
+  if (!stage1()) GTEST_SKIP() << "has no tables of its own";
+  restart({.memlock = 64_KiB});
+  ASSERT_NE(machine_, nullptr) << "this machine cannot limit pinned memory";
+  auto backend = open_backend(*kernel_, {.name = std::string{to_string(GetParam())}, .descriptor = {}});
+  ASSERT_TRUE(backend) << backend.error().message();
+  engine_ = EngineAccess::open(*std::move(backend), std::string{to_string(GetParam())});
+  auto space = engine_.create_address_space({});
+  if (space) {
+    address_space_ = *std::move(space);
+    const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
+    ASSERT_FALSE(device);
+    EXPECT_NE(std::string{device.error().detail()}.find("RLIMIT_MEMLOCK"), std::string::npos)
+        << device.error().message();
+  } else {
+    EXPECT_NE(std::string{space.error().detail()}.find("RLIMIT_MEMLOCK"), std::string::npos) << space.error().message();
+  }
 }
 
 TEST_P(CacheContract, the_kernels_memlock_limit_evicts_instead_of_failing) {

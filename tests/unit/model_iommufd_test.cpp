@@ -137,7 +137,7 @@ TEST_F(Iommufd, StructureSizesFollowTheConvention) {
   EXPECT_EQ(host->ioctl(user.fd, fd_api::IoasAlloc::request, nullptr), -EFAULT);
   std::uint32_t unknown = 4;
   EXPECT_EQ(host->ioctl(user.fd, fd_api::ioctl_number(0xf0), &unknown), -ENOTTY);
-  EXPECT_EQ(host->ioctl(user.fd, fd_api::ioctl_number(0x90), &unknown), -ENOTTY);
+  EXPECT_EQ(host->ioctl(user.fd, fd_api::ioctl_number(0x9f), &unknown), -ENOTTY);
   EXPECT_EQ(host->ioctl(first_descriptor + 500, fd_api::IoasAlloc::request, &flagged), -EBADF);
   EXPECT_EQ(host->ioctl(0, fd_api::IoasAlloc::request, &flagged), -EBADF);
 }
