@@ -50,7 +50,7 @@ struct HintTable {
   static constexpr unsigned coarse_log2 = 6;
   static constexpr std::uint64_t salt(unsigned shift) noexcept { return std::uint64_t{shift} << 10; }
   static constexpr std::size_t index(std::uint64_t start, unsigned shift, std::uint64_t salt_of_shift) noexcept {
-    const std::uint64_t block = start >> shift;
+    const std::uint64_t block = shift < 64 ? start >> shift : 0;  // an interval may be the whole space
     return static_cast<std::size_t>((block ^ (block >> 16) ^ salt_of_shift) & ((std::uint64_t{1} << bits) - 1));
   }
   static constexpr std::size_t index(std::uint64_t start, unsigned shift) noexcept {

@@ -5,7 +5,8 @@
 // Progress. Lock-free: a thread stopped anywhere holds up nobody. Where a thread finds another's unfinished step in an
 //   entry it needs, it finishes that step itself (`draining`, `cutting` below). Growing the pool and invalidating are
 //   system calls.
-// Lifetimes. Tables above level 0 stay until the editor goes: one page per GiB of addresses ever touched. Level-0 tables
+// Lifetimes. Tables above level 0 stay until the editor goes: one page per GiB of addresses ever touched. Level-0
+// tables
 //   that became empty stay for reuse and are collected when the pool would have to grow (trim()). A level-1 entry with
 //   a table keeps it: a block of 2 MiB is used only where there is none.
 // State of a level-0 table: PageState::users = valid entries + sessions inside, or `dead`.

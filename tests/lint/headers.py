@@ -60,7 +60,7 @@ def compile_alone(header: Path, relative: str, command: list[str], scratch: Path
     if not source.exists() or source.read_text() != text:
         source.write_text(text)
     object_file = source.with_suffix(".o")
-    run = subprocess.run([*command, "-c", str(source), "-o", str(object_file)], capture_output=True, text=True, cwd=scratch)
+    run = subprocess.run([*command, "-DIOVANE_YIELD_POINTS=1", "-c", str(source), "-o", str(object_file)], capture_output=True, text=True, cwd=scratch)
     object_file.unlink(missing_ok=True)
     return "" if run.returncode == 0 else run.stderr or "the compiler says nothing"
 
