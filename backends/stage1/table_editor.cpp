@@ -99,6 +99,30 @@ bool TableEditor::count_in(Table* table) noexcept {
   return true;
 }
 
+// Marks the place of a table that its collector has declared dead, so that nobody waits for the collector. Counted in,
+// the helper keeps the table from being given back: without that it could by now be alive in the very same place.
+void TableEditor::help_drain(Entry& place, std::uint64_t entry, Table* table) noexcept {
+  std::atomic<std::uint32_t>& users = pool_.state(table).users;
+  std::uint32_t seen = users.load(std::memory_order_relaxed);  // relaxed: the exchange checks it
+  do {
+    if ((seen & PageState::dead) == 0 || (seen & PageState::released) != 0) return;  // the place has changed already
+    yield_point("table_editor.help_drain");
+    // A.users - acquire: what the place says after it is not older than the table's death.
+  } while (!users.compare_exchange_weak(seen, seen + 1, std::memory_order_acquire, std::memory_order_relaxed));
+  // relaxed: `draining` leads nowhere.
+  place.compare_exchange_strong(entry, draining_of(table), std::memory_order_relaxed, std::memory_order_relaxed);
+  yield_point("table_editor.helped");
+  // R.users - the place, before the count that lets the table go.
+  if (users.fetch_sub(1, std::memory_order_acq_rel) == (PageState::dead | PageState::released | 1)) give_dead(table);
+}
+
+// Nobody is in it, nobody can come in, no walker knows it.
+void TableEditor::give_dead(Table* table) noexcept {
+  // relaxed: push() publishes. The next taker's share.
+  pool_.state(table).users.store(1, std::memory_order_relaxed);
+  pool_.give(table);
+}
+
 // Counts the session into the level-0 table for `iova`, after counting it out of the one before.
 TableEditor::Place TableEditor::enter(Session& session, std::uint64_t iova, bool create) noexcept {
   session.leave();
@@ -132,10 +156,7 @@ TableEditor::Place TableEditor::enter(Session& session, std::uint64_t iova, bool
           pool_.state(table).users.fetch_sub(1, std::memory_order_release);  // R.users
           break;
         }
-        yield_point("table_editor.help_drain");
-        // Its collector is under way: the place may be marked for it. relaxed: `draining` leads nowhere.
-        place.compare_exchange_strong(entry, TableFormat::draining(format_.address(entry)), std::memory_order_relaxed,
-                                      std::memory_order_relaxed);
+        help_drain(place, entry, table);
         break;
       }
       case EntryKind::cutting:
@@ -169,7 +190,7 @@ bool TableEditor::cut(Entry& place, unsigned level, std::uint64_t base, std::uin
     table->entries[i].store(format_.part_of(entry, level - 1, i * bytes_of(level - 1)), std::memory_order_relaxed);
   // The taker's share becomes that of the first entry. relaxed: as above.
   if (level == 1) pool_.state(table).users.fetch_add(entries_per_table - 1, std::memory_order_relaxed);
-  const std::uint64_t cutting = TableFormat::cutting(pool_.address_of(table));
+  const std::uint64_t cutting = TableFormat::cutting(pool_.address_of(table), generation_of(table));
   const auto undo = [&] {
     for (Entry& e : table->entries) e.store(0, std::memory_order_relaxed);  // relaxed: nobody else has the table
     if (level > 1)
@@ -333,19 +354,21 @@ bool TableEditor::let_go(Collected* list, std::size_t count) noexcept {
   const bool forgotten = walkers_.forget({Iova{0}, last_address(levels_)});
   for (std::size_t i = 0; i < count; ++i) {
     Table* const table = list[i].table;
-    std::uint64_t draining = TableFormat::draining(pool_.address_of(table));
+    std::uint64_t draining = list[i].draining;
     if (forgotten) {
       yield_point("table_editor.let_go");
       // relaxed: the place leads nowhere before and after; a helper may have used it meanwhile.
       list[i].place->compare_exchange_strong(draining, 0, std::memory_order_relaxed);
-      // relaxed: nobody enters a dead table, and push() publishes. The next taker's share.
-      pool_.state(table).users.store(1, std::memory_order_relaxed);
-      pool_.give(table);
+      // R.users, A.users - the place, before the mark; helpers that are still in it come first, and the last gives it.
+      if (pool_.state(table).users.fetch_or(PageState::released, std::memory_order_acq_rel) == PageState::dead)
+        give_dead(table);
       continue;
     }
     // Back to where it was, empty and enterable; if a helper took the place, the page is lost until the space goes,
     // because a walker may still know it. relaxed: nobody enters it before the exchange below.
-    pool_.state(table).users.store(0, std::memory_order_relaxed);
+    // Those who remember `draining` have invalidated too early for its next death.
+    pool_.state(table).generation.fetch_add(1, std::memory_order_relaxed);
+    pool_.state(table).users.fetch_and(~PageState::dead, std::memory_order_relaxed);
     // R.entry - as every link.
     list[i].place->compare_exchange_strong(draining, format_.table(pool_.address_of(table)), std::memory_order_release,
                                            std::memory_order_relaxed);
@@ -363,21 +386,25 @@ bool TableEditor::collect_below(Table* table, unsigned level, std::size_t& total
       if (!collect_below(below, level - 1, total, list, count)) return false;
       continue;
     }
+    // A table has one place in each of its lives: seen there twice with its generation read in between, it is the life
+    // that `life` names, or an older one and then not collected this time. A.entry.
+    const std::uint32_t life = generation_of(below);
+    if (place.load(std::memory_order_acquire) != entry) continue;
     std::uint32_t empty = 0;
     yield_point("table_editor.collect");
     // A.users - pairs with R.users: every entry's clearing. Nobody enters from here on.
     if (!pool_.state(below).users.compare_exchange_strong(empty, PageState::dead, std::memory_order_acquire,
                                                           std::memory_order_relaxed))
       continue;
-    // A table that moved elsewhere between the two loads is not ours to take from this place.
-    const std::uint64_t draining = TableFormat::draining(format_.address(entry));
-    std::uint64_t seen = entry;
-    if (!place.compare_exchange_strong(seen, draining, std::memory_order_acq_rel, std::memory_order_acquire) &&
-        seen != draining) {
-      pool_.state(below).users.store(0, std::memory_order_release);  // R.users
+    if (generation_of(below) != life) {  // it lives elsewhere now, and goes on living
+      pool_.state(below).users.fetch_and(~PageState::dead, std::memory_order_release);  // R.users
       continue;
     }
-    list[count++] = {&place, below};
+    const std::uint64_t draining = TableFormat::draining(format_.address(entry), life);
+    std::uint64_t seen = entry;
+    // Fails where a helper was here first, who may have linked another table since. relaxed: `draining` leads nowhere.
+    place.compare_exchange_strong(seen, draining, std::memory_order_relaxed, std::memory_order_relaxed);
+    list[count++] = {&place, below, draining};
     ++total;
     if (count == collect_max) {
       if (!let_go(list, count)) return false;

@@ -9,7 +9,9 @@
 // tables
 //   that became empty stay for reuse and are collected when the pool would have to grow (trim()). A level-1 entry with
 //   a table keeps it: a block of 2 MiB is used only where there is none.
-// State of a level-0 table: PageState::users = valid entries + sessions inside, or `dead`.
+// State of a level-0 table: PageState::users = valid entries + sessions inside; or `dead` + helpers, `released` once
+// its
+//   collector is done.
 // I1. A session that counted itself in (and then saw the table still in its place) keeps it there: a table leaves only
 //   through users 0 -> dead, and nobody enters a dead one.
 // I2. A table that left its place is given back only after an invalidation that covers what walkers may know of it. Its
@@ -17,6 +19,10 @@
 // I3. No entry goes from valid to another valid value: a block is cut by block -> `cutting` -> (invalidation) -> table,
 //   with a moment in between in which the device faults (break before make).
 // I4. An entry that was cleared is not used again before its invalidation completed: that is the caller's part.
+// I5. A dead table is not given back while a helper is counted in it, so the place that the helper marks still speaks
+// of
+//   this life of it. `draining` and `cutting` carry the page's generation for those who come back after an
+//   invalidation.
 // Linearization: map, the store of each entry; unmap, the store of 0; entering, the exchange that counts; leaving a
 //   place, the exchange of 0 for dead.
 // Edges: R.entry / A.entry - an entry's store is a release and a walk's load an acquire (the device's walker is ordered
@@ -119,6 +125,7 @@ class TableEditor {
   struct Collected {
     Entry* place;
     Table* table;
+    std::uint64_t draining;
   };
   static constexpr std::size_t collect_max = 256;
 
@@ -128,6 +135,15 @@ class TableEditor {
   Place enter(Session& session, std::uint64_t iova, bool create) noexcept;
   Table* upper_table(std::uint64_t iova, bool create, Place& otherwise) noexcept;
   bool count_in(Table* table) noexcept;
+  void help_drain(Entry& place, std::uint64_t entry, Table* table) noexcept;
+  void give_dead(Table* table) noexcept;
+  std::uint32_t generation_of(const Table* table) const noexcept {
+    // relaxed: it changes when the page is given back, which whoever asks excludes.
+    return pool_.state(table).generation.load(std::memory_order_relaxed);
+  }
+  std::uint64_t draining_of(const Table* table) const noexcept {
+    return TableFormat::draining(pool_.address_of(table), generation_of(table));
+  }
   bool cut(Entry& place, unsigned level, std::uint64_t base, std::uint64_t entry) noexcept;
   bool finish_cut(Entry& place, unsigned level, std::uint64_t iova, std::uint64_t entry) noexcept;
   bool is_free(Session& session, const Table* table, unsigned level, std::uint64_t base, IovaRange range) noexcept;

@@ -58,8 +58,17 @@ struct TableFormat {
     return address | (level == 0 ? page_bits : block_bits) | (may_write(access) ? writable_bits : read_only_bits) |
            mark;
   }
-  static constexpr std::uint64_t draining(std::uint64_t address) noexcept { return address | draining_bit; }
-  static constexpr std::uint64_t cutting(std::uint64_t address) noexcept { return address | cutting_bit; }
+  /// 17 bits of the page's generation stand where neither address nor the bits above do: the same page in the same
+  /// place a second time is another entry.
+  static constexpr std::uint64_t tag(std::uint32_t generation) noexcept {
+    return ((generation & 0x7ffU) << 1) | (std::uint64_t{(generation >> 11) & 0x3fU} << 58);
+  }
+  static constexpr std::uint64_t draining(std::uint64_t address, std::uint32_t generation = 0) noexcept {
+    return address | draining_bit | tag(generation);
+  }
+  static constexpr std::uint64_t cutting(std::uint64_t address, std::uint32_t generation = 0) noexcept {
+    return address | cutting_bit | tag(generation);
+  }
 
   constexpr std::uint64_t address(std::uint64_t entry) const noexcept { return entry & address_mask; }
   constexpr EntryKind kind(std::uint64_t entry, unsigned level) const noexcept {

@@ -109,7 +109,8 @@ Table* TablePool::take() noexcept {
 
 void TablePool::give(Table* table) noexcept {
   const auto index = static_cast<std::uint32_t>(table - reinterpret_cast<Table*>(base_));
-  taken_.fetch_sub(1, std::memory_order_relaxed);  // relaxed: a hint
+  taken_.fetch_sub(1, std::memory_order_relaxed);                     // relaxed: a hint
+  states_[index].generation.fetch_add(1, std::memory_order_relaxed);  // relaxed: push() publishes
   push(index, index);
 }
 

@@ -47,7 +47,11 @@ struct alignas(64) PageState {
   /// no harm at any time). `dead`: not to be entered; so are tables above level 0, always.
   std::atomic<std::uint32_t> users{0};
   std::atomic<std::uint32_t> next_free{0};
+  /// How often the page was given back: tells two lives of it apart in entries that lead nowhere.
+  std::atomic<std::uint32_t> generation{0};
   static constexpr std::uint32_t dead = 1U << 31;
+  /// With `dead`: its collector is done with it, and the last helper gives it back.
+  static constexpr std::uint32_t released = 1U << 30;
 };
 
 class TablePool {
