@@ -61,6 +61,6 @@ def draw(source: Path, out: Path, pattern: str, metric: str, title: str, ours: s
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title or source.stem, loc="left", fontweight="bold")
-    axes.set_xlabel(f"{'ns per operation' if metric.endswith('_time') else metric}\n{_caption(result['context'])}")
+    axes.set_xlabel(f"{'ns per iteration' if metric.endswith('_time') else metric}\n{_caption(result['context'])}")
     figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)

@@ -14,7 +14,7 @@ EPILOG = """examples
   tools/bench list                               the benchmark programs
   tools/bench run engine_bench                   one of them, recorded in build/bench-results/engine_bench.json
   tools/bench run --out docs/benchmarks          all of them, recorded for the documents
-  tools/bench chart docs/benchmarks/iova_bench.json --filter 'Pair.*4K' --out pair.svg
+  tools/bench chart docs/benchmarks/engine_bench.json --filter 'EngineBatch/' --out batch.svg
 
 Every result carries processor, kernel, compiler, flags and commit. Times of two runs do not compare on a machine that
 others share: compare within one file. exit status: 0 done, 1 something failed, 2 wrong usage

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from benchkit.report import BenchError
 
-DOCUMENTS = "docs/benchmarks"
-
 
 def programs(build: Path) -> dict[str, Path]:
     """By name: bench/CMakeLists.txt puts every program into one folder."""
