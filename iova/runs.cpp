@@ -14,6 +14,9 @@ Run* AllocatorCore::prepare_run(const RunPlan& plan) noexcept {
   Run& run = *arena_.at<Run>(id);
   run.kind = run_object_kind(plan.slots);
   run.bytes = static_cast<std::uint16_t>(Run::bytes_for(plan.slots));
+  // Before any word is written: revalidate() must not take a word for that of the object's former run. 0 is nobody's
+  // identity, since class codes are not 0.
+  run.identity.store(0, std::memory_order_release);
   // The tag is closed: by bury(), or because the memory is fresh.
   // W.shape - release each, pairs with R.shape: who reads one of these also finds the generation odd or newer.
   run.flags.store(0, std::memory_order_release);
