@@ -199,6 +199,8 @@ ObjectId AllocatorCore::class_of(LengthKey key) noexcept {
         fresh = arena_.allocate(ObjectKind::length_class, sizeof(LengthClass));
         if (fresh == 0) return 0;
         (new (arena_.at<void>(fresh)) LengthClass{})->key = key;
+        // relaxed: a statistic; before the class can be found, so that whoever divides by it does not find 0.
+        class_count_.fetch_add(1, std::memory_order_relaxed);
       }
       class_at(fresh)->code = place;
       base::yield_point("class.add");
@@ -209,7 +211,11 @@ ObjectId AllocatorCore::class_of(LengthKey key) noexcept {
     }
     if (class_at(id)->key == key) answer = id;
   }
-  if (fresh != 0) arena_.release(ObjectKind::length_class, sizeof(LengthClass), fresh);
+  if (fresh != 0) {
+    // relaxed: as above.
+    class_count_.fetch_sub(1, std::memory_order_relaxed);
+    arena_.release(ObjectKind::length_class, sizeof(LengthClass), fresh);
+  }
   return answer;
 }
 

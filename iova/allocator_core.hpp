@@ -186,7 +186,9 @@ class AllocatorCore final : private Roster {
   void note_taken_slots(Run& run, std::uint64_t mask) noexcept;
   LengthClass* give_back(ThreadCache& me, Run& run) noexcept;
   void give_back_more(ThreadCache& me, LengthClass& c) noexcept;
+  std::uint64_t always_kept_slots(const LengthClass& c) const noexcept;
   std::uint64_t kept_slots(const LengthClass& c) const noexcept;
+  unsigned run_slots_for(const LengthClass& c) const noexcept;
   unsigned capacity_for(const LengthClass& c) const noexcept;
 
   // allocate.cpp, release.cpp, claim.cpp
@@ -220,6 +222,7 @@ class AllocatorCore final : private Roster {
   alignas(base::cacheline_bytes) std::atomic<std::uint32_t> cache_count_{0};
   alignas(base::cacheline_bytes) std::atomic<std::uint64_t> run_units_{0};
   std::atomic<std::uint64_t> usable_units_{0};
+  std::atomic<std::uint64_t> class_count_{0};
   std::atomic<std::uint64_t> parked_next_{0};
   std::mutex control_;  ///< set_usable against itself
 };

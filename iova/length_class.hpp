@@ -55,8 +55,8 @@ constexpr unsigned magazine_place(LengthKey key, unsigned granule_log2) noexcept
 struct LengthClass : ArenaObject {
   LengthKey key;
   std::uint32_t code;                     ///< its place in the table of classes: 12 bits, not 0, of no other class
-  std::atomic<std::uint64_t> slots;      ///< in runs of this class
-  std::atomic<std::int64_t> slots_free;  ///< bits that are set in them; for a moment less than nothing
+  std::atomic<std::uint64_t> slots;       ///< in runs of this class
+  std::atomic<std::int64_t> slots_free;   ///< bits that are set in them; for a moment less than nothing
   std::atomic<RunShelf::Position> sweep;  ///< where AllocatorCore::give_back_more() goes on
   RunShelf shelf;
 

@@ -9,37 +9,47 @@
 namespace iovane::iova {
 namespace {
 
-// What a class may keep free whatever else is live: 4 MiB of 4 KiB granules, or the 4,096th part of the space if that is
-// less than a magazine's worth. Beyond, an eighth of what is in use.
-constexpr std::uint64_t hoard_units_always = 1024;
-constexpr std::uint64_t hoard_space_divisor = 4096;
+// What all classes together may keep free whatever is live: the 1,024th part of the space, at most 1 GiB of 4 KiB
+// granules; less the more classes there are. A class keeps four slots and not more than 1,024. Beyond, an eighth of
+// what is in use.
+constexpr std::uint64_t hoard_space_divisor = 1024;
+constexpr std::uint64_t hoard_units_always = std::uint64_t{1} << 18;
+constexpr std::uint64_t hoard_slots_least = 4;
+constexpr std::uint64_t hoard_slots_most = 1024;
 constexpr std::uint64_t hoard_divisor = 8;
 constexpr unsigned shelf_tries_max = 8;
 // Runs that are looked at for each one that gives back: fewer than are kept, and all of them while half are freed.
 constexpr unsigned sweep_runs = 2;
 
-unsigned run_slots_for(std::uint64_t length, std::uint64_t class_slots) noexcept {
-  if (length >= multi_slot_length_max) return 1;
-  const std::uint64_t allowed = std::max(hoard_units_always / 4 / length, class_slots / hoard_divisor);
-  if (allowed >= run_many_slots) return run_many_slots;
-  if (allowed >= run_few_slots) return run_few_slots;
-  return allowed >= run_single_slots ? run_single_slots : 1;
-}
-
 }  // namespace
+
+// Slots that a class may keep in any case. Classes are never fewer than one when this is asked.
+std::uint64_t AllocatorCore::always_kept_slots(const LengthClass& c) const noexcept {
+  // relaxed: a bound that need not be exact.
+  const std::uint64_t all =
+      std::min(usable_units_.load(std::memory_order_relaxed) / hoard_space_divisor, hoard_units_always);
+  const std::uint64_t classes = class_count_.load(std::memory_order_relaxed);
+  const std::uint64_t mine = all / (c.key.length() * classes * static_cast<unsigned>(std::bit_width(classes)));
+  return std::clamp<std::uint64_t>(mine, hoard_slots_least, hoard_slots_most);
+}
 
 // Free slots that a class may keep, and as many again in each magazine.
 std::uint64_t AllocatorCore::kept_slots(const LengthClass& c) const noexcept {
-  const std::uint64_t length = c.key.length();
-  // relaxed: a bound that need not be exact.
-  const std::uint64_t few = std::min<std::uint64_t>(
-      usable_units_.load(std::memory_order_relaxed) / hoard_space_divisor / length, Magazine::entries_max - 1);
-  return std::max({hoard_units_always / length, few, c.slots_in_use() / hoard_divisor, std::uint64_t{1}});
+  return std::max(always_kept_slots(c), c.slots_in_use() / hoard_divisor);
 }
 
 unsigned AllocatorCore::capacity_for(const LengthClass& c) const noexcept {
   if (!magazines_) return 1;
   return static_cast<unsigned>(std::min<std::uint64_t>(kept_slots(c), Magazine::entries_max - 1));
+}
+
+// How many slots a new run has.
+unsigned AllocatorCore::run_slots_for(const LengthClass& c) const noexcept {
+  if (c.key.over_aligned() || c.key.length() >= multi_slot_length_max) return 1;
+  const std::uint64_t allowed = std::max(always_kept_slots(c) / 4, c.slots_in_use() / hoard_divisor);
+  if (allowed >= run_many_slots) return run_many_slots;
+  if (allowed >= run_few_slots) return run_few_slots;
+  return allowed >= run_single_slots ? run_single_slots : 1;
 }
 
 // The magazine for a class, empty or with valid entries. Null without memory. Not inside a section.
@@ -334,8 +344,7 @@ bool AllocatorCore::refill(ThreadCache& me, Magazine& magazine, Unit last_max) n
   magazine.capacity = capacity_for(c);
   const unsigned want = std::max(1U, (magazine.capacity + 1) / 2);
   if (take_from_shelf(me, magazine, want)) return true;
-  // relaxed: a statistic.
-  unsigned slots = c.key.over_aligned() ? 1 : run_slots_for(c.key.length(), c.slots.load(std::memory_order_relaxed));
+  unsigned slots = run_slots_for(c);
   bool unaligned = false;
   for (;;) {
     const unsigned first_count = std::min(slots, want);

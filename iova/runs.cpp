@@ -40,8 +40,8 @@ Run* AllocatorCore::prepare_run(const RunPlan& plan) noexcept {
     run.slot(i).store(word.raw, std::memory_order_release);
   }
   // relaxed: who puts slots back meanwhile found the object's former life, see below.
-  const std::uint64_t bits_left = run.bits.exchange(plan.kind == RunKind::shelved ? free_bits : 0,
-                                                    std::memory_order_release);
+  const std::uint64_t bits_left =
+      run.bits.exchange(plan.kind == RunKind::shelved ? free_bits : 0, std::memory_order_release);
   // relaxed: a statistic.
   if (bits_left != 0 && former_class != 0)
     class_at(former_class)->slots_free.fetch_sub(std::popcount(bits_left), std::memory_order_relaxed);
