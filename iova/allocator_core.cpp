@@ -59,6 +59,7 @@ Result<std::unique_ptr<AllocatorCore>> AllocatorCore::create(const CoreConfig& c
 }
 
 constinit Magazine no_magazine{};
+constinit std::atomic<std::uint64_t> no_slot{SlotWord::of(SlotState::settled).raw};
 
 AllocatorCore::~AllocatorCore() {
   if (id_ != 0) unregister_allocator(id_);
@@ -131,7 +132,7 @@ void AllocatorCore::release_cache(ThreadCache& cache) noexcept {
   for (auto& place : cache.magazines) {
     // relaxed: only the owner writes the place.
     Magazine* magazine = place.load(std::memory_order_relaxed);
-    if (magazine == nullptr) continue;
+    if (magazine == &no_magazine) continue;
     if (magazine->incarnation != Incarnation{cache.state.load(std::memory_order_seq_cst)}) revalidate(cache, *magazine);
     flush(cache, *magazine, magazine->count);
   }

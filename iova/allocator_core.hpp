@@ -181,6 +181,8 @@ class AllocatorCore final : private Roster {
   }
   bool take_from_shelf(ThreadCache& me, Magazine& magazine, unsigned want) noexcept;
   void flush(ThreadCache& me, Magazine& magazine, unsigned count) noexcept;
+  void forget_handed_out(ThreadCache& me, ObjectId class_id) noexcept;
+  static bool put_back_slot(ThreadCache& me, SlotWordPtr word, Incarnation owner) noexcept;
   void put_back(ThreadCache& me, std::span<const MagazineEntry> entries, Incarnation owner) noexcept;
   std::uint64_t note_free_slots(Run& run, std::uint64_t mask) noexcept;
   void note_taken_slots(Run& run, std::uint64_t mask) noexcept;

@@ -101,6 +101,7 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
       me->live_word = SlotWord::of(SlotState::live, me->incarnation());
   }
   // Behind this point the run may be reused at any time unless the slot is hoarded by us.
+  if (after != After::stow) forget_handed_out(*me, class_id);
   switch (after) {
     case After::stow: stow(*me, class_id, entry, owner); return {Outcome::done, range};
     case After::put_back: put_back(*me, {&entry, 1}, owner); break;
@@ -123,6 +124,7 @@ void AllocatorCore::stow(ThreadCache& me, ObjectId class_id, const MagazineEntry
   const LengthKey key = class_at(class_id)->key;
   Magazine* const magazine = magazine_for(me, key, class_id);
   if (magazine == nullptr || magazine->incarnation != owner) {
+    forget_handed_out(me, class_id);
     put_back(me, {&entry, 1}, owner);
     bump(me.other_intervals, std::int64_t{-1});
     bump(me.other_units, -static_cast<std::int64_t>(key.length()));
