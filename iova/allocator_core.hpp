@@ -203,6 +203,8 @@ class AllocatorCore final : private Roster {
   bool close_unless_mine(ThreadCache& me, Incarnation owner, SlotWordPtr word) noexcept;
   void stow(ThreadCache& me, ObjectId class_id, const MagazineEntry& entry, Incarnation owner) noexcept;
   void park(ThreadCache& me, Run& run) noexcept;
+  bool claim_by_hint(ThreadCache& me, UnitRange range) noexcept;
+  static bool claimable(const Run& run) noexcept;
   Answer claim_once(ThreadCache& me, UnitRange range, bool& again) noexcept;
   void reclaim_idle(ThreadCache& me) noexcept;
   void convert(ThreadCache& me, UnitRange range, SegmentValue from, SegmentValue to) noexcept;

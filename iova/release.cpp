@@ -29,7 +29,7 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
   ThreadCache* const me = my_cache();
   if (me == nullptr) [[unlikely]]
     return {Outcome::too_many_threads};
-  enum class After { stow, put_back, park, settle } after;
+  enum class After { stow, put_back, park, settle, nothing } after;
   MagazineEntry entry{};
   Incarnation owner;
   ObjectId class_id = 0;
@@ -94,8 +94,10 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
       if (word->compare_exchange_weak(seen, next.raw, std::memory_order_seq_cst, std::memory_order_acquire)) break;
     }
     // R.doomed - seq_cst: as above.
-    if (after == After::stow && (run->flags.load(std::memory_order_seq_cst) & Run::doomed) != 0)
-      after = After::put_back;
+    const std::uint32_t flags = run->flags.load(std::memory_order_seq_cst);
+    if (after == After::stow && (flags & Run::doomed) != 0) after = After::put_back;
+    // Parked already: whoever lets it leave clears the flag first and then looks at the slots.
+    if (after == After::park && (flags & Run::parked) != 0) after = After::nothing;
     entry = MagazineEntry::of(bytes_of(range.first), *run, index);
     if (me->unbiased_frees_left > 0 && --me->unbiased_frees_left == 0)
       me->live_word = SlotWord::of(SlotState::live, me->incarnation());
@@ -107,6 +109,7 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
     case After::put_back: put_back(*me, {&entry, 1}, owner); break;
     case After::park: park(*me, *run); break;
     case After::settle: settle(*me, *run); break;
+    case After::nothing: break;
   }
   bump(me->other_intervals, std::int64_t{-1});
   bump(me->other_units, -static_cast<std::int64_t>(range.count()));
