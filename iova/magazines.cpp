@@ -22,6 +22,10 @@ constexpr unsigned shelf_tries_max = 8;
 // Runs that are looked at for each one that gives back: fewer than are kept, and all of them while half are freed.
 constexpr unsigned sweep_runs = 2;
 
+// Whether a run is worth giving back. Each interval that is left in it costs a change of the map when it is freed: one
+// for at least three slots that are given back together.
+constexpr bool sparse(unsigned unused, unsigned slots) noexcept { return 4 * unused >= 3 * slots; }
+
 }  // namespace
 
 // Slots that a class may keep in any case. Classes are never fewer than one when this is asked.
@@ -202,7 +206,7 @@ bool AllocatorCore::put_back_slot(ThreadCache& me, SlotWordPtr word, Incarnation
 // Hoarded slots go back to their runs. Not inside a section.
 void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> entries, Incarnation owner) noexcept {
   constexpr unsigned sparse_max = Magazine::entries_max;
-  std::array<Run*, sparse_max> sparse;  // runs to look at again when the section is over
+  std::array<Run*, sparse_max> seen;  // runs to look at again when the section is over
   unsigned sparse_count = 0;
   {
     MapSection section{map_, me};  // keeps each run from being reused between its slot's word and its bits
@@ -217,12 +221,12 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
       // R.doomed - seq_cst: see free().
       const bool doomed = (run.flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
       // relaxed: does not change while the section protects the run.
-      const bool is_sparse = 2 * unused >= run.slots.load(std::memory_order_relaxed);
-      if ((doomed || is_sparse) && sparse_count < sparse_max) sparse[sparse_count++] = &run;
+      const bool is_sparse = sparse(unused, run.slots.load(std::memory_order_relaxed));
+      if ((doomed || is_sparse) && sparse_count < sparse_max) seen[sparse_count++] = &run;
     }
   }
   for (unsigned i = 0; i < sparse_count; ++i) {
-    if (LengthClass* const c = give_back(me, *sparse[i])) give_back_more(me, *c);
+    if (LengthClass* const c = give_back(me, *seen[i])) give_back_more(me, *c);
   }
 }
 
@@ -236,9 +240,9 @@ void AllocatorCore::flush(ThreadCache& me, Magazine& magazine, unsigned count) n
   magazine.forget_handed_out();
 }
 
-// A run gives its free slots back to the map: a doomed one always; another if at least half of it is free and its class
-// keeps more than it may. Then it is doomed too, so that it drains: half-full runs would stay for as long as the last
-// interval in each. The answer is the class that kept too much. The object may have become another run by now, which
+// A run gives its free slots back to the map: a doomed one always; another if at least three quarters of it are free
+// and its class keeps more than it may. Then it is doomed too, so that it drains: it would stay for as long as the last
+// interval in it. The answer is the class that kept too much. The object may have become another run by now, which
 // then is treated the same. Not inside a section.
 LengthClass* AllocatorCore::give_back(ThreadCache& me, Run& run) noexcept {
   LengthClass* surplus = nullptr;
@@ -258,7 +262,7 @@ LengthClass* AllocatorCore::give_back(ThreadCache& me, Run& run) noexcept {
       LengthClass& length_class = *class_at(c);
       // relaxed: a statistic.
       const std::int64_t kept = length_class.slots_free.load(std::memory_order_relaxed);
-      if (2 * unused < shape.slots || kept <= static_cast<std::int64_t>(kept_slots(length_class))) return nullptr;
+      if (!sparse(unused, shape.slots) || kept <= static_cast<std::int64_t>(kept_slots(length_class))) return nullptr;
       surplus = &length_class;
       if (unused < shape.slots) {
         base::yield_point("run.drain");
