@@ -162,7 +162,7 @@ void AllocatorCore::note_start(Run& run, Unit run_first, std::uint64_t length, u
   // relaxed: hints; a pair of two runs is found out by the run's own fields.
   entry.first.store(bytes_of(run_first), std::memory_order_relaxed);
   entry.run.store(&run, std::memory_order_relaxed);
-  note_block(start, arena_.id_of(&run));
+  note_block(start, arena_.id_of(&run), length);
 }
 
 // The frees of a run's intervals no longer find it by hint, and so not by the fast path.

@@ -7,8 +7,8 @@
 namespace iovane::iova {
 namespace {
 
-// Claims of one granule come in neighbourhoods (a guest's I/O buffers): one run serves an aligned block of them, the block
-// of one coarse hint.
+// Claims of one granule come in neighbourhoods (a guest's I/O buffers): one run serves an aligned block of them, the
+// block of one coarse hint.
 constexpr unsigned claim_block_units = 64;
 
 }  // namespace
