@@ -51,6 +51,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   int page_fault_fd() noexcept;
   Result<std::size_t> read_page_faults(std::span<PageFaultEvent> out) noexcept;
   Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
+  int fault_record_fd() noexcept;
+  Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept;
   // space_dirty.cpp.
   Result<void> start_dirty_tracking();
   Result<void> stop_dirty_tracking();
