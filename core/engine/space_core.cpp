@@ -213,13 +213,21 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
-  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached;
+  if (const auto detached = release_device(backends::DeviceId{device_id}); !detached) return detached;
   if (const auto known = device_names_.find(device_id); known != device_names_.end()) {
     layout_->forget(name_of(known->second));
     device_names_.erase(known);
   }
   refresh_facts();
   return refresh_usable();
+}
+
+// Where the kernel's answer to an unmap was lost, the backend may count as mapped what the index knows to be gone.
+Result<void> SpaceCore::release_device(backends::DeviceId device) {
+  auto detached = state_.backend->detach(device);
+  if (detached || detached.error().code != Errc::busy || !state_.index.empty()) return detached;
+  if (const auto emptied = state_.backend->unmap_all(); !emptied) return emptied.error();
+  return state_.backend->detach(device);
 }
 
 Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {

@@ -85,6 +85,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   /// Makes worker_ the node's worker, once. Not with the lane held.
   Result<void> start_worker();
   Result<DeviceInfo> attach_now(const DeviceConfig& device);
+  /// Takes a device out of the backend. Called with the lane held.
+  Result<void> release_device(backends::DeviceId device);
   /// Called with the lane held. refresh_usable() reads what the host says and follows it; its error is the first thing
   /// that does not hold any more. expect_device() is asked before a device comes.
   Result<void> refresh_usable();
