@@ -114,6 +114,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Worker* worker_ = nullptr;  // the engine's; set once
   std::unique_ptr<StaleFlusher> flusher_;
   std::unique_ptr<Relief> relief_;
+  std::unique_ptr<WorkerHeir> heir_;
   std::atomic<std::uint32_t> queues_opened_{0};
   std::optional<SpaceLayout> layout_;                             // made by create()
   std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again
