@@ -136,14 +136,14 @@ Result<RegionId> PinIndex::insert(const MemoryRange& range, Access access, PinHa
   record.granules.store(static_cast<std::uint32_t>(range.length().value / granule_bytes), std::memory_order_relaxed);
   record.holds.store(0, std::memory_order_relaxed);
   record.handle = handle;
-  table_.write(range, id, access, handle.address);
+  table_.write(id);
   return id;
 }
 
 void PinIndex::erase(RegionId id) noexcept {
   const std::lock_guard held{lock_};
   RegionRecord& record = records_.at(id);
-  table_.erase(record.range());
+  table_.erase(id);
   record.set_state(RegionState::retired);
 }
 
@@ -153,7 +153,7 @@ bool PinIndex::restore(RegionId id) noexcept {
   const MemoryRange range = record.range();
   if (table_.first_in(range) != no_region || !table_.prepare(range)) return false;
   record.set_state(RegionState::live);
-  table_.write(range, id, record.access(), record.handle.address);
+  table_.write(id);
   return true;
 }
 
@@ -169,7 +169,7 @@ std::uint64_t PinIndex::find_users(std::span<const RegionId> erased, std::span<b
     for (std::size_t i = 0; i < erased.size(); ++i) {
       const std::uint64_t bit = std::uint64_t{1} << i;
       if (is_walking(w))
-        walked |= walked_keys(w).overlaps(records_.at(erased[i]).range()) ? bit : 0;
+        walked |= walked_keys(w).overlaps(records_.at(erased[i]).walked_range()) ? bit : 0;
       else
         used |= w == leased_guard(number_, erased[i]) ? bit : 0;
     }
@@ -191,7 +191,7 @@ void PinIndex::forget(RegionId id) noexcept {
 
 bool PinIndex::take_accessed(RegionId id) noexcept {
   const std::lock_guard held{lock_};
-  return table_.take_accessed(records_.at(id).range());
+  return table_.take_accessed(id);
 }
 
 std::optional<Region> PinIndex::first_in(const MemoryRange& range) noexcept {

@@ -176,8 +176,8 @@ class PinIndex {
   void add_hold(RegionId id) noexcept;
   void drop_hold(RegionId id) noexcept;
 
-  RadixTable table_;
   RegionTable records_;
+  RadixTable table_{records_};
   std::uint32_t number_ = 0;
   /// One word that the kernel zeroes in a forked child.
   std::atomic<std::uint64_t>* alive_ = nullptr;
