@@ -8,7 +8,7 @@
 //   0                                             idle
 //   [key >> 12 : 46 bits at 12][width : 6 bits at 1][1]   walking: reading tables for keys in the aligned block of
 //                                                 2^width bytes around key; nothing is known yet
-//   [region id : 32 at 32][index number : 12 at 8][2 at 0] leased: using that region
+//   [index number : 12 at 32][region id : 24 at 4][2 at 0] leased: using that region
 // Invariants: I1 a thread walks or leases only what its word announced before light_barrier(). I2 walking turns into
 // leased by
 //   one store, so that no instant shows neither. I3 a word returns to 0 with release after the last use.
@@ -45,7 +45,7 @@ constexpr GuardWord walking_guard(const MemoryRange& searched) noexcept {
   return (searched.start & ~(granule_bytes - 1)) | (width << 1) | 1U;
 }
 constexpr GuardWord leased_guard(std::uint32_t index_number, RegionId id) noexcept {
-  return (std::uint64_t{id} << 32) | (std::uint64_t{index_number} << 8) | 2U;
+  return (std::uint64_t{index_number} << 32) | (std::uint64_t{id} << region_id_shift) | 2U;
 }
 constexpr bool is_walking(GuardWord w) noexcept { return (w & 1U) != 0; }
 /// The keys that a walking word may be about.

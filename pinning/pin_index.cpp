@@ -59,6 +59,13 @@ std::optional<Translation> PinIndex::translate_first(std::uint64_t key) noexcept
   return Translation{found.address, found.slot_last - key + 1, found.id(), found.access()};
 }
 
+std::uint64_t PinIndex::last_within(RegionId id, std::uint64_t last) const noexcept {
+  if (table_.find(last).id() == id) return last;
+  // It ends inside the range (or is being inserted or erased this moment): its record knows where.
+  const std::uint64_t region_last = records_.at(id).last();
+  return region_last < last ? region_last : last;
+}
+
 PinIndex::SlowLease PinIndex::acquire_without_guard(MemoryRange range, Access need, bool note_use) noexcept {
   if (!range.well_formed()) return {};
   if (LeaseGuards::current() == nullptr && LeaseGuards::attach() != nullptr) {
@@ -75,11 +82,11 @@ PinIndex::SlowLease PinIndex::acquire_without_guard(MemoryRange range, Access ne
 PinIndex::SlowLease PinIndex::acquire_counted(const MemoryRange& range, Access need, bool note_use) noexcept {
   const std::lock_guard held{lock_};
   const RadixTable::Found found = table_.find(range.start);
-  if (found.word == 0 || !includes(found.access(), need)) return {};
+  if (!found.allows(need)) return {};
   RegionRecord& record = records_.at(found.id());
   // relaxed: the lock orders it before any erase.
   record.holds.fetch_add(1, std::memory_order_relaxed);
-  if (note_use) RadixTable::mark_accessed(found);
+  if (note_use && !found.is_marked()) table_.mark_accessed(range.start, found.word);
   const std::uint64_t last = record.last() < range.last ? record.last() : range.last;
   return {true, nullptr, found.id(), found.address, last - range.start + 1};
 }

@@ -93,19 +93,18 @@ class PinIndex {
     base::light_barrier();
     base::yield_point("pin.announced");
     const RadixTable::Found found = table_.find(range.start);
-    if (!includes(found.access(), need) || found.word == 0) [[unlikely]] {
+    if (!found.allows(need)) [[unlikely]] {
       word.store(idle_guard, std::memory_order_release);  // R.guard
       return {};
     }
     const RegionId id = found.id();
     std::uint64_t last = range.last;
-    if (last > found.slot_last && table_.find(last).id() != id) [[unlikely]] {
-      // It ends inside the range (or is being inserted or erased this moment): its record knows where.
-      const std::uint64_t region_last = records_.at(id).last();
-      if (region_last < last) last = region_last;
-    }
+    if (last > found.slot_last) [[unlikely]]
+      last = last_within(id, last);
     base::yield_point("pin.found");
-    if constexpr (note_use) RadixTable::mark_accessed(found);
+    if constexpr (note_use)
+      if (!found.is_marked()) [[unlikely]]
+        table_.mark_accessed(range.start, found.word);
     base::yield_point("pin.marked");
     // R.walk - release, pairs with A.guard: our reads of the tables come before their reuse, which "leased" allows.
     word.store(leased_guard(number_, id), std::memory_order_release);
@@ -162,6 +161,8 @@ class PinIndex {
  private:
   friend class Lease;
   friend class Hold;
+  /// `last`, or where the region ends before it. The caller's walking guard covers both.
+  std::uint64_t last_within(RegionId id, std::uint64_t last) const noexcept;
   std::optional<Translation> translate_first(std::uint64_t key) noexcept;
   /// What a lease is made of. Not a Lease: one that a function returns is built in memory, on the fast path too.
   struct SlowLease {

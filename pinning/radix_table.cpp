@@ -81,19 +81,33 @@ RadixTable::Slot* RadixTable::level0_slot(std::uint64_t key) const noexcept {
   return middle == nullptr ? nullptr : middle + ((key >> level_shifts[0]) & (level_slots[0] - 1));
 }
 
+RadixTable::Place RadixTable::lowest(std::uint64_t key) const noexcept {
+  Slot* slot = level0_slot(key);
+  // A.slot - acquire, pairs with R.table, for mark_accessed(); the writer reads what it wrote itself.
+  std::uint64_t word = slot->load(std::memory_order_acquire);
+  unsigned level = 0;
+  for (; is_table(word); word = slot->load(std::memory_order_acquire)) {  // A.slot
+    ++level;
+    slot = table_of(word) + ((key >> level_shifts[level]) & (level_slots[level] - 1));
+  }
+  return {slot, level, word};
+}
+
+void RadixTable::mark_accessed(std::uint64_t key, std::uint64_t word) const noexcept {
+  const Place place = lowest(key);  // its tables were there a moment ago, and the walking guard keeps them
+  // relaxed both: a hint. The exchange (rather than a store) keeps an erased slot erased.
+  if (place.word == word)
+    place.slot->compare_exchange_strong(word, word | accessed_bit, std::memory_order_relaxed,
+                                        std::memory_order_relaxed);
+}
+
 template <typename F>
 void RadixTable::for_each_slot(const MemoryRange& range, F&& f) const noexcept {
   std::uint64_t key = range.start;
   for (;;) {
-    Slot* slot = level0_slot(key);
-    unsigned level = 0;
-    // relaxed: as in level0_slot().
-    for (std::uint64_t word; is_table(word = slot->load(std::memory_order_relaxed));) {
-      ++level;
-      slot = table_of(word) + ((key >> level_shifts[level]) & (level_slots[level] - 1));
-    }
-    f(*slot, level, key);
-    const std::uint64_t slot_last = key | block_mask(level);
+    const Place place = lowest(key);
+    f(*place.slot, place.level, key);
+    const std::uint64_t slot_last = key | block_mask(place.level);
     if (slot_last >= range.last) return;
     key = slot_last + 1;
   }
@@ -118,21 +132,14 @@ RegionId RadixTable::first_in(const MemoryRange& asked) const noexcept {
   std::uint64_t key = range.start;
   for (;;) {
     std::uint64_t skip_mask = (std::uint64_t{1} << top_shift) - 1;
-    const Slot* slot = level0_slot(key);
-    if (slot != nullptr && (group_word(slot, key) & group_bit(key)) == 0) {
+    const Slot* middle = level0_slot(key);
+    if (middle != nullptr && (group_word(middle, key) & group_bit(key)) == 0) {
       skip_mask = group_mask;
-    } else if (slot != nullptr) {
-      unsigned level = 0;
-      std::uint64_t word = slot->load(std::memory_order_relaxed);             // relaxed: as in level0_slot()
-      for (; is_table(word); word = slot->load(std::memory_order_relaxed)) {  // relaxed: ditto
-        ++level;
-        slot = table_of(word) + ((key >> level_shifts[level]) & (level_slots[level] - 1));
-      }
-      if ((word & region_tag) != 0) {
-        const auto id = static_cast<RegionId>(word >> id_shift);
-        if (records_.at(id).range().overlaps({key, range.last})) return id;
-      }
-      skip_mask = block_mask(level);
+    } else if (middle != nullptr) {
+      const Place place = lowest(key);
+      if ((place.word & region_tag) != 0 && records_.at(id_of(place.word)).range().overlaps({key, range.last}))
+        return id_of(place.word);
+      skip_mask = block_mask(place.level);
     }
     const std::uint64_t skipped_last = key | skip_mask;
     if (skipped_last >= range.last) return no_region;
@@ -150,7 +157,7 @@ bool RadixTable::split(Slot& slot, unsigned level, std::uint64_t key) noexcept {
   table[0].store(0, std::memory_order_relaxed);
   table[1].store(0, std::memory_order_relaxed);
   const std::uint64_t word = slot.load(std::memory_order_relaxed);  // relaxed: as in level0_slot()
-  const auto id = static_cast<RegionId>(word >> id_shift);
+  const RegionId id = id_of(word);
   const std::uint64_t first = key & ~block_mask(level);
   const MemoryRange part = records_.at(id).range().common({first, first | block_mask(level)});
   for (std::uint64_t at = part.start;;) {
@@ -169,13 +176,10 @@ bool RadixTable::split(Slot& slot, unsigned level, std::uint64_t key) noexcept {
 
 // At an end of a range that is to be written: makes the slot for it.
 bool RadixTable::prepare_edge(std::uint64_t key) noexcept {
-  Slot* slot = level0_slot(key);
-  for (unsigned level = 0;; ++level) {
-    if (slot->load(std::memory_order_relaxed) == 0) return true;       // relaxed: as in level0_slot()
-    const std::uint64_t word = slot->load(std::memory_order_relaxed);  // relaxed: ditto
-    if (!is_table(word) && !split(*slot, level, key)) return false;
-    slot = table_of(slot->load(std::memory_order_relaxed)) +  // relaxed: ditto
-           ((key >> level_shifts[level + 1]) & (level_slots[level + 1] - 1));
+  for (;;) {
+    const Place place = lowest(key);
+    if (place.word == 0) return true;
+    if (!split(*place.slot, place.level, key)) return false;
   }
 }
 
@@ -198,10 +202,6 @@ Result<void> RadixTable::prepare(const MemoryRange& range) noexcept {
   }
   // Only the two ends can be ragged: every block between them is filled.
   if (ok && prepare_edge(range.start) && prepare_edge(range.last)) return {};
-  if (ok) {
-    prune(range.start);
-    prune(range.last);
-  }
   return base::fail(Errc::out_of_memory, Stage::publish, ENOMEM,
                     "the pin index could not get memory for the tables of one more region");
 }

@@ -12,7 +12,7 @@
 // State word of a slot, by its low bits:
 //   00  nothing (a table that waits for reclaim() keeps its links in such words)
 //   10  [table one level below, aligned to 64 bytes or more]
-//    1  [region id : 24 at 40][frame : 36 at 4][access : 2 at 2][accessed : 1 at 1][1]
+//    1  [frame : 36 at 28][region id : 24 at 4][access : 2 at 2][accessed : 1 at 1][1]
 //       frame: the device address of the slot's first byte, in units of 4 KiB; frame_in_record: look into the record,
 //       for the range, because the region may not fill the slot, and for the address, because it may not fit.
 // Invariants: I1 one word says all that a lookup needs, so it is right or absent, never mixed. I2 a record that a walk
@@ -50,10 +50,9 @@ class RadixTable {
   static constexpr std::uint64_t table_tag = 2;
   static constexpr std::uint64_t accessed_bit = 2;
   static constexpr unsigned access_shift = 2;
-  static constexpr unsigned frame_shift = 4;
+  static constexpr unsigned id_shift = region_id_shift;
+  static constexpr unsigned frame_shift = id_shift + region_id_bits;
   static constexpr std::uint64_t frame_in_record = (std::uint64_t{1} << 36) - 1;
-  static constexpr unsigned id_shift = 40;
-  static_assert(RegionTable::regions_max < std::uint64_t{1} << (64 - id_shift));
 
   static constexpr unsigned top_shift = 39;
   static constexpr unsigned level_shifts[3] = {21, 16, 12};
@@ -63,12 +62,18 @@ class RadixTable {
   /// What a lookup saw. `word` is 0 when nothing covers the key.
   struct Found {
     std::uint64_t word = 0;
-    std::uint64_t address = 0;  ///< device address of the key itself
-    Slot* slot = nullptr;
+    std::uint64_t address = 0;    ///< device address of the key itself
     std::uint64_t slot_last = 0;  ///< the last key that this slot answers for
 
-    RegionId id() const noexcept { return static_cast<RegionId>(word >> id_shift); }
+    RegionId id() const noexcept { return id_of(word); }
     Access access() const noexcept { return static_cast<Access>((word >> access_shift) & 3U); }
+    /// Whether something was found that allows at least this.
+    bool allows(Access need) const noexcept {
+      const std::uint64_t mask = region_tag | (static_cast<std::uint64_t>(need) << access_shift);
+      return (word & mask) == mask;
+    }
+    /// Whether the use has been noted for the eviction policy.
+    bool is_marked() const noexcept { return (word & accessed_bit) != 0; }
   };
 
   explicit RadixTable(const RegionTable& records) noexcept
@@ -104,25 +109,20 @@ class RadixTable {
         if ((word & region_tag) == 0) return {};
       }
     }
-    if (frame_of(word) == frame_in_record) {
+    if (word >= frame_in_record << frame_shift) {
       base::yield_point("pin.record");
-      const RegionRecord& record = records_.at(static_cast<RegionId>(word >> id_shift));
+      const RegionRecord& record = records_.at(id_of(word));
       const MemoryRange range = record.range();
       if (!range.contains(key)) return {};
       const std::uint64_t slot_last = key | offset_mask;
-      return {word, record.handle.address + (key - range.start), slot, slot_last < range.last ? slot_last : range.last};
+      return {word, record.handle.address + (key - range.start), slot_last < range.last ? slot_last : range.last};
     }
-    return {word, frame_of(word) * granule_bytes + (key & offset_mask), slot, key | offset_mask};
+    return {word, (word >> frame_shift) * granule_bytes + (key & offset_mask), key | offset_mask};
   }
 
-  /// Notes a use for the eviction policy. Writes only when the mark is not there yet, so the line stays shared.
-  static void mark_accessed(const Found& found) noexcept {
-    if ((found.word & accessed_bit) != 0) return;
-    std::uint64_t expected = found.word;
-    // relaxed both: a hint. The exchange (rather than a store) keeps an erased slot erased.
-    found.slot->compare_exchange_strong(expected, expected | accessed_bit, std::memory_order_relaxed,
-                                        std::memory_order_relaxed);
-  }
+  /// Notes a use for the eviction policy, where find() of the same walk saw `word`. Once per region and round of the
+  /// policy, so the line stays shared.
+  void mark_accessed(std::uint64_t key, std::uint64_t word) const noexcept;
 
   // The writer's side. A region's range, rights and address are those of its record.
 
@@ -147,9 +147,16 @@ class RadixTable {
  private:
   static Slot* table_of(std::uint64_t word) noexcept { return reinterpret_cast<Slot*>(word & ~table_tag); }
   static constexpr bool is_table(std::uint64_t word) noexcept { return (word & (table_tag | region_tag)) == table_tag; }
-  static constexpr std::uint64_t frame_of(std::uint64_t word) noexcept {
-    return (word >> frame_shift) & frame_in_record;
+  static constexpr RegionId id_of(std::uint64_t word) noexcept {
+    return static_cast<RegionId>(word >> id_shift) & ((RegionId{1} << region_id_bits) - 1);
   }
+  /// The lowest slot around `key`: one without a table below it.
+  struct Place {
+    Slot* slot;
+    unsigned level;
+    std::uint64_t word;
+  };
+  Place lowest(std::uint64_t key) const noexcept;
   Slot* level0_slot(std::uint64_t key) const noexcept;
   /// The word that names a region in the slot of `level` around `key`.
   std::uint64_t word_for(RegionId id, unsigned level, std::uint64_t key) const noexcept;

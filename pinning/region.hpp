@@ -12,6 +12,9 @@ namespace iovane::pinning {
 /// Names a region inside one PinIndex. Reused only after every lease on its former bearer is gone.
 using RegionId = std::uint32_t;
 inline constexpr RegionId no_region = 0;
+/// Where table slots and guard words have a region's id, so that one is made from the other by masking.
+inline constexpr unsigned region_id_shift = 4;
+inline constexpr unsigned region_id_bits = 24;
 
 /// What a provider returns for pinned memory. `address` belongs to the first byte and grows with it: an IOVA, or the
 /// process address for io_uring. `token` is the provider's own: a buffer index, an IOAS id.

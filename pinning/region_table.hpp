@@ -15,7 +15,7 @@ class RegionTable {
  public:
   static constexpr unsigned slab_shift = 16;  // 65,536 records of 40 bytes: 2.5 MiB
   static constexpr std::uint32_t slab_records = 1U << slab_shift;
-  static constexpr std::uint32_t slabs_max = 256;
+  static constexpr std::uint32_t slabs_max = 1U << (region_id_bits - slab_shift);
   static constexpr std::uint32_t regions_max = slabs_max * slab_records - 1;
 
   RegionTable() noexcept = default;

@@ -246,7 +246,7 @@ TEST(GuardWord, WalkedKeysCoverWhatWasSearched) {
     EXPECT_TRUE(is_walking(w));
     EXPECT_TRUE(walked_keys(w).contains(searched));
   }
-  EXPECT_FALSE(is_walking(leased_guard(4095, 0xffff'ffff)));
+  EXPECT_FALSE(is_walking(leased_guard(PinIndex::indices_max, RegionTable::regions_max)));
 }
 
 }  // namespace
