@@ -91,6 +91,11 @@ class LeaseGuards {
 
   /// This thread's block, or null before attach(). Initial-exec: one load, also from a shared library.
   static ThreadGuards* current() noexcept { return current_; }
+  /// A word of this thread that no lease has, or null: none is left, or there is no block yet.
+  static std::atomic<GuardWord>* free_word() noexcept {
+    ThreadGuards* const guards = current();
+    return guards != nullptr ? guards->free_word() : nullptr;
+  }
   /// Gives this thread a block; it goes back when the thread ends. Null when threads_max threads have one: then
   /// leases are counted under the index's lock. May allocate (mmap), takes a lock.
   static ThreadGuards* attach() noexcept;

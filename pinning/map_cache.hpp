@@ -103,6 +103,12 @@ class MapCache final : public Evictor, public StalenessListener {
       return {};
     return index_.acquire(range, access);
   }
+  /// try_acquire(), but empty also when this thread's guard words are all in use. What it returns can be detached.
+  Lease try_acquire_by_guard(MemoryRange range, Access access) noexcept {
+    if (changes_pending_.load(std::memory_order_acquire) != 0) [[unlikely]]  // A.changes - acquire, as above
+      return {};
+    return index_.acquire_by_guard(range, access);
+  }
   /// Leases for the whole range, in order: returns how many. limit_reached when they do not fit into `out`, which is
   /// empty then.
   Result<std::size_t> acquire_all(const MemoryRange& range, Access access, std::span<Lease> out) noexcept;
