@@ -41,7 +41,8 @@ using GuardWord = std::uint64_t;
 constexpr GuardWord idle_guard = 0;
 /// `width`: how many low bits the searched keys may differ in.
 constexpr GuardWord walking_guard(const MemoryRange& searched) noexcept {
-  const auto width = static_cast<std::uint64_t>(std::bit_width(searched.start ^ searched.last));
+  // A granule at least: lower bits are not kept, and a width that is never 0 needs no branch.
+  const auto width = static_cast<std::uint64_t>(std::bit_width((searched.start ^ searched.last) | (granule_bytes - 1)));
   return (searched.start & ~(granule_bytes - 1)) | (width << 1) | 1U;
 }
 constexpr GuardWord leased_guard(std::uint32_t index_number, RegionId id) noexcept {
@@ -51,8 +52,7 @@ constexpr bool is_walking(GuardWord w) noexcept { return (w & 1U) != 0; }
 /// The keys that a walking word may be about.
 constexpr MemoryRange walked_keys(GuardWord w) noexcept {
   const std::uint64_t key = w & RegionRecord::start_mask;
-  const std::uint64_t width = (w >> 1) & 63U;
-  const std::uint64_t block = width <= 12 ? granule_bytes : std::uint64_t{1} << width;
+  const std::uint64_t block = std::uint64_t{1} << ((w >> 1) & 63U);
   return {key & ~(block - 1), key | (block - 1)};
 }
 

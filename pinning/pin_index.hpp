@@ -79,7 +79,7 @@ class PinIndex {
   /// the range that region covers. Empty when there is none. Any thread.
   /// `note_use` false leaves no trace for the eviction policy: the first use after a miss is not a re-use.
   template <bool note_use = true>
-  Lease acquire(MemoryRange range, Access need) noexcept {
+  [[gnu::always_inline]] Lease acquire(MemoryRange range, Access need) noexcept {
     std::atomic<GuardWord>* const word = LeaseGuards::free_word();
     if (word == nullptr || !range.well_formed()) [[unlikely]] {
       const SlowLease slow = acquire_without_guard(range, need, note_use);
@@ -89,7 +89,7 @@ class PinIndex {
     return acquire_by<note_use>(*word, range, need);
   }
   /// The same, but empty also when this thread has no guard word left: then acquire() takes a lock and counts.
-  Lease acquire_by_guard(MemoryRange range, Access need) noexcept {
+  [[gnu::always_inline]] Lease acquire_by_guard(MemoryRange range, Access need) noexcept {
     std::atomic<GuardWord>* const word = LeaseGuards::free_word();
     if (word == nullptr || !range.well_formed()) [[unlikely]]
       return {};

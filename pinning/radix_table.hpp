@@ -86,7 +86,7 @@ class RadixTable {
   Result<void> open() noexcept;
 
   /// Precondition: key <= key_last and the calling thread's walking guard covers it (or it is the writer).
-  Found find(std::uint64_t key) const noexcept {
+  [[gnu::always_inline]] Found find(std::uint64_t key) const noexcept {
     // A.top - acquire, pairs with R.top in prepare().
     Slot* slot = top_[key >> top_shift].load(std::memory_order_acquire);
     if (slot == nullptr) return {};
