@@ -229,14 +229,15 @@ GuestMemory::View::View(const GuestMemory& memory, std::uint32_t stripe, std::ui
   memory.readers_[stripe].readers[phase].fetch_add(1, std::memory_order_seq_cst);
   // A.table - pairs with R.table: the regions are there. seq_cst: after the count.
   table_ = memory.table_.load(std::memory_order_seq_cst);
-  hint_ = table_->largest;
+  largest_ = table_->largest;
 }
 
 GuestMemory::View::View(View&& o) noexcept
     : memory_{std::exchange(o.memory_, nullptr)},
       table_{o.table_},
       reader_{o.reader_},
-      hint_{o.hint_},
+      largest_{o.largest_},
+      other_{o.other_},
       stripe_{o.stripe_},
       phase_{o.phase_} {}
 
@@ -245,7 +246,7 @@ const Region* GuestMemory::View::find_slow(std::uint64_t gpa) const noexcept {
   if (place == table_->regions.begin()) return nullptr;
   --place;
   if (!place->contains(gpa)) return nullptr;
-  return hint_ = &*place;
+  return other_ = &*place;
 }
 
 std::optional<std::uint64_t> GuestMemory::View::next_region_start(std::uint64_t gpa) const noexcept {

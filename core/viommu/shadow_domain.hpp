@@ -160,6 +160,11 @@ class ShadowDomain {
 
   bool map_one(const View& view, const IovaRange& range, std::uint64_t gpa, Access access, std::uint32_t tag) noexcept;
   bool unmap_one(const IovaRange& range, CutRule rule, std::uint32_t tag) noexcept;
+  Result<void> map_any(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
+                       std::uint32_t tag) noexcept;
+  Result<std::uint32_t> unmap_any(const View& view, IovaRange range, CutRule rule, std::uint32_t tag) noexcept;
+  Result<bool> assign_any(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
+                          std::uint32_t tag) noexcept;
   Result<void> check_range(const IovaRange& range, std::uint64_t gpa, Access access) const noexcept;
   Result<void> map_pieces(const View& view, IovaRange range, std::uint64_t gpa, Access access, bool head,
                           std::uint32_t tag) noexcept;

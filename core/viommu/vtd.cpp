@@ -85,6 +85,15 @@ bool Vtd::read_descriptors(const GuestMemory::View& view) noexcept {
       add_wait(wait);
       continue;
     }
+    if (readable && is_page_invalidation(raw, config_.descriptors)) {
+      VtdDescriptor pages;
+      decode_page_invalidation(raw, pages);
+      queue_.skip();
+      static_cast<void>(budget_.take(1));
+      ++stats_.descriptors;
+      invalidate_pages(view, pages);
+      continue;
+    }
     const auto descriptor = readable ? decode_descriptor(raw, config_.descriptors) : std::nullopt;
     if (!descriptor) {
       queue_error_ = true;

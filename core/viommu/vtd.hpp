@@ -180,7 +180,10 @@ class Vtd {
   void drop_unused_domains() noexcept;
   void add_wait(const VtdDescriptor& d) noexcept;
   std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) const noexcept;
+  static bool is_named(const VtdDescriptor& d, const Domain& domain) noexcept;
   void invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
+  void invalidate_pages(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
+  void compare_pages(const GuestMemory::View& view, Domain& domain, const IovaRange& named, bool now) noexcept;
   bool compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept;
   bool note(Domain& domain, const SyncOutcome& outcome) noexcept;
   void compare(Domain& domain, const IovaRange& range) noexcept;

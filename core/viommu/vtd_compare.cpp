@@ -6,39 +6,52 @@
 
 namespace iovane::viommu {
 
+// PASID-based invalidation concerns first-level tables only, the other one second-level tables; a guest that
+// invalidates more than it must is not wrong, so the IOTLB kind is taken for both.
+bool Vtd::is_named(const VtdDescriptor& d, const Domain& domain) noexcept {
+  return domain.binding.kind == VtdBinding::Kind::paging &&
+         (d.kind == VtdDescriptor::Kind::iotlb || domain.rules.first());
+}
+
 void Vtd::invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept {
-  using Scope = VtdDescriptor::Scope;
+  if (d.scope == VtdDescriptor::Scope::page) return invalidate_pages(view, d);
   const auto named_domains = domains_named(d);
   static_cast<void>(budget_.take(named_domains.size()));
   for (const auto& owned : named_domains) {
     Domain& domain = *owned;
-    if (domain.binding.kind != VtdBinding::Kind::paging) continue;
-    // PASID-based invalidation concerns first-level tables only, the other one second-level tables; a guest that
-    // invalidates more than it must is not wrong, so the IOTLB kind is taken for both.
-    if (d.kind == VtdDescriptor::Kind::pasid_iotlb && !domain.rules.first()) continue;
-    if (d.scope != Scope::page) {
-      domain.failed = false;
-      compare(domain, domain.inputs.low);
-      if (domain.inputs.high) compare(domain, *domain.inputs.high);
-      continue;
-    }
-    if (domain.failed) continue;
-    const IovaRange named{Iova{d.first_address()}, Iova{d.last_address()}};
+    if (!is_named(d, domain)) continue;
+    domain.failed = false;
+    compare(domain, domain.inputs.low);
+    if (domain.inputs.high) compare(domain, *domain.inputs.high);
+  }
+}
+
+void Vtd::invalidate_pages(const GuestMemory::View& view, const VtdDescriptor& d) noexcept {
+  const auto named_domains = domains_named(d);
+  static_cast<void>(budget_.take(named_domains.size()));
+  const IovaRange named{Iova{d.first_address()}, Iova{d.last_address()}};
+  for (const auto& owned : named_domains) {
+    Domain& domain = *owned;
+    if (!is_named(d, domain) || domain.failed) continue;
     const bool nothing_waits = task_next_ == tasks_.size();
     if (nothing_waits && compare_run(view, domain, named)) [[likely]]
       continue;
-    if (const auto low = domain.inputs.low.intersection(named); low) {
-      if (nothing_waits) {  // do it now
-        Task task{&domain, *low};
-        run_task(view, task);
-        if (task.domain != nullptr) tasks_.push_back(task);
-      } else {
-        compare(domain, *low);
-      }
-    }
-    if (domain.inputs.high)
-      if (const auto high = domain.inputs.high->intersection(named); high) compare(domain, *high);
+    compare_pages(view, domain, named, nothing_waits);
   }
+}
+
+void Vtd::compare_pages(const GuestMemory::View& view, Domain& domain, const IovaRange& named, bool now) noexcept {
+  if (const auto low = domain.inputs.low.intersection(named); low) {
+    if (now) {
+      Task task{&domain, *low};
+      run_task(view, task);
+      if (task.domain != nullptr) tasks_.push_back(task);
+    } else {
+      compare(domain, *low);
+    }
+  }
+  if (domain.inputs.high)
+    if (const auto high = domain.inputs.high->intersection(named); high) compare(domain, *high);
 }
 
 std::span<const std::unique_ptr<Vtd::Domain>> Vtd::domains_named(const VtdDescriptor& d) const noexcept {

@@ -79,6 +79,22 @@ struct VtdDescriptorRules {
   bool device_iotlb = true;        ///< ECAP.DT
 };
 
+/// The other common one, an IOTLB invalidation of pages of one domain. False: as above.
+inline bool is_page_invalidation(const VtdRawDescriptor& raw, const VtdDescriptorRules& rules) noexcept {
+  constexpr std::uint64_t type_scope_and_reserved = 0xe3f | 0xffff'ffff'0000'f100;
+  constexpr std::uint64_t pages_of_iotlb = static_cast<std::uint64_t>(VtdDescriptor::Kind::iotlb) | 3U << 4;
+  return (raw[0] & type_scope_and_reserved) == pages_of_iotlb && (raw[1] & 0xf80) == 0 &&
+         (raw[1] & 63) <= rules.address_mask_max && (raw[2] | raw[3]) == 0;
+}
+inline void decode_page_invalidation(const VtdRawDescriptor& raw, VtdDescriptor& out) noexcept {
+  out.kind = VtdDescriptor::Kind::iotlb;
+  out.scope = VtdDescriptor::Scope::page;
+  out.domain = static_cast<std::uint16_t>(raw[0] >> 16);
+  out.address = raw[1] & ~std::uint64_t{0xfff};
+  out.address_mask = static_cast<std::uint8_t>(raw[1] & 63);
+  out.leaf_only = (raw[1] >> 6 & 1) != 0;
+}
+
 /// Nothing when the unit must raise an invalidation queue error: unknown type, reserved bit, bad granularity or mask.
 std::optional<VtdDescriptor> decode_descriptor(const VtdRawDescriptor& raw, const VtdDescriptorRules& rules) noexcept;
 
