@@ -49,39 +49,39 @@ std::uint64_t from_le(std::uint64_t v) noexcept {
 }  // namespace
 
 void copy_from_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept {
-  while (n != 0) {
-    if (n >= 8 && (reinterpret_cast<std::uintptr_t>(from) & 7U) == 0) {
-      const std::uint64_t word = __atomic_load_n(reinterpret_cast<const std::uint64_t*>(from), __ATOMIC_RELAXED);
-      __builtin_memcpy(to, &word, 8);
-      to += 8, from += 8, n -= 8;
-    } else if (n >= 4 && (reinterpret_cast<std::uintptr_t>(from) & 3U) == 0) {
-      const std::uint32_t word = __atomic_load_n(reinterpret_cast<const std::uint32_t*>(from), __ATOMIC_RELAXED);
-      __builtin_memcpy(to, &word, 4);
-      to += 4, from += 4, n -= 4;
-    } else {
-      *to = static_cast<std::byte>(__atomic_load_n(reinterpret_cast<const unsigned char*>(from), __ATOMIC_RELAXED));
-      ++to, ++from, --n;
+  const auto misaligned = reinterpret_cast<std::uintptr_t>(from);
+  std::size_t i = 0;
+  if ((misaligned & 7U) == 0)
+    for (; i + 8 <= n; i += 8) {
+      const std::uint64_t word = __atomic_load_n(reinterpret_cast<const std::uint64_t*>(from + i), __ATOMIC_RELAXED);
+      __builtin_memcpy(to + i, &word, 8);
     }
-  }
+  if ((misaligned & 3U) == 0)
+    for (; i + 4 <= n; i += 4) {
+      const std::uint32_t word = __atomic_load_n(reinterpret_cast<const std::uint32_t*>(from + i), __ATOMIC_RELAXED);
+      __builtin_memcpy(to + i, &word, 4);
+    }
+  for (; i < n; ++i)
+    to[i] = static_cast<std::byte>(__atomic_load_n(reinterpret_cast<const unsigned char*>(from + i), __ATOMIC_RELAXED));
 }
 
 void copy_to_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept {
-  while (n != 0) {
-    if (n >= 8 && (reinterpret_cast<std::uintptr_t>(to) & 7U) == 0) {
+  const auto misaligned = reinterpret_cast<std::uintptr_t>(to);
+  std::size_t i = 0;
+  if ((misaligned & 7U) == 0)
+    for (; i + 8 <= n; i += 8) {
       std::uint64_t word = 0;
-      __builtin_memcpy(&word, from, 8);
-      __atomic_store_n(reinterpret_cast<std::uint64_t*>(to), word, __ATOMIC_RELAXED);
-      to += 8, from += 8, n -= 8;
-    } else if (n >= 4 && (reinterpret_cast<std::uintptr_t>(to) & 3U) == 0) {
-      std::uint32_t word = 0;
-      __builtin_memcpy(&word, from, 4);
-      __atomic_store_n(reinterpret_cast<std::uint32_t*>(to), word, __ATOMIC_RELAXED);
-      to += 4, from += 4, n -= 4;
-    } else {
-      __atomic_store_n(reinterpret_cast<unsigned char*>(to), static_cast<unsigned char>(*from), __ATOMIC_RELAXED);
-      ++to, ++from, --n;
+      __builtin_memcpy(&word, from + i, 8);
+      __atomic_store_n(reinterpret_cast<std::uint64_t*>(to + i), word, __ATOMIC_RELAXED);
     }
-  }
+  if ((misaligned & 3U) == 0)
+    for (; i + 4 <= n; i += 4) {
+      std::uint32_t word = 0;
+      __builtin_memcpy(&word, from + i, 4);
+      __atomic_store_n(reinterpret_cast<std::uint32_t*>(to + i), word, __ATOMIC_RELAXED);
+    }
+  for (; i < n; ++i)
+    __atomic_store_n(reinterpret_cast<unsigned char*>(to + i), static_cast<unsigned char>(from[i]), __ATOMIC_RELAXED);
 }
 
 GuestMemory::GuestMemory() : table_{new detail::RegionTable} { base::prepare_asymmetric_barrier(); }

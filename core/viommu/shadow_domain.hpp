@@ -115,11 +115,11 @@ class ShadowDomain {
   /// Sends the staged edits to the targets as one batch. `pending`: poll() until done. No edits while pending.
   Progress commit() noexcept;
   Progress poll() noexcept;
-  bool idle() const noexcept { return state_ == State::idle && ops_.empty(); }
+  bool idle() const noexcept { return state_ == State::idle && staged_ == 0; }
   /// A batch has not ended yet: no edits now.
   bool in_flight() const noexcept { return state_ != State::idle; }
   /// Edits staged and not yet committed.
-  std::size_t staged() const noexcept { return ops_.size(); }
+  std::size_t staged() const noexcept { return staged_; }
   /// commit(), then waits for the end.
   void commit_and_wait() noexcept;
   void wait(std::chrono::nanoseconds timeout) noexcept;
@@ -208,8 +208,10 @@ class ShadowDomain {
   State state_ = State::idle;
   bool cut_in_place_ = false;   // every target can cut
   bool layout_frozen_ = false;  // host_constrained: promised holds what the first target offered
+  // Room for operations, and for the tags of the edits they came from; the first staged_ are of this batch.
   std::vector<HostOp> ops_;
-  std::vector<std::uint32_t> tags_;  // of ops_
+  std::vector<std::uint32_t> tags_;
+  std::size_t staged_ = 0;
   std::vector<EditFailure> failures_;
   std::vector<Side> sides_;
   std::vector<IovaRange> usable_;

@@ -19,13 +19,16 @@ constexpr std::uint64_t backed_or_unit = LeafWord::backed | LeafWord::unit;
 
 bool ShadowDomain::stage(const HostOp& op, std::uint32_t tag) noexcept {
   if (sides_.empty()) return true;  // nobody to tell
-  try {
-    ops_.push_back(op);
-    tags_.push_back(tag);
-  } catch (const std::bad_alloc&) {
-    ops_.resize(tags_.size());
-    return false;
+  if (staged_ == ops_.size()) {
+    try {
+      tags_.resize(2 * staged_);
+      ops_.resize(2 * staged_);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
   }
+  ops_[staged_] = op;
+  tags_[staged_++] = tag;
   return true;
 }
 
@@ -33,14 +36,14 @@ bool ShadowDomain::stage(const HostOp& op, std::uint32_t tag) noexcept {
 [[gnu::always_inline]] inline bool ShadowDomain::stage_one(HostOp::Kind kind, const IovaRange& range, const Region* region, std::uint64_t gpa,
                                     Access access, std::uint32_t tag) noexcept {
   if (sides_.empty()) return true;
-  if (ops_.size() == ops_.capacity() || tags_.size() == tags_.capacity()) return false;
-  HostOp& op = ops_.emplace_back();
+  if (staged_ == ops_.size()) return false;
+  HostOp& op = ops_[staged_];
   op.range.start = range.start;
   op.range.last = range.last;
   op.kind = kind;
   op.access = access;
   if (region != nullptr) op.region = region->id, op.region_offset = gpa - region->gpa;
-  tags_.push_back(tag);
+  tags_[staged_++] = tag;
   return true;
 }
 
@@ -131,7 +134,7 @@ Result<void> ShadowDomain::map_any(const View& view, const IovaRange& range, std
 // A range becomes one index run and at most one host mapping per piece; pieces end where RAM or usable IOVAs do.
 Result<void> ShadowDomain::map_pieces(const View& view, IovaRange range, std::uint64_t gpa, Access access, bool head,
                                       std::uint32_t tag) noexcept {
-  const std::size_t ops_before = ops_.size();
+  const std::size_t staged_before = staged_;
   std::uint64_t at = range.start.value;
   std::uint64_t first_flags = head ? LeafWord::head : 0;
   std::uint32_t leaves = 0;
@@ -169,7 +172,7 @@ Result<void> ShadowDomain::map_pieces(const View& view, IovaRange range, std::ui
     if (staged && backed) staged = stage({here, gpa - region->gpa, region->id, HostOp::Kind::map, access}, tag);
     if (!staged) {
       static_cast<void>(index_.clear({range.start, here.last}));
-      if (!sides_.empty()) ops_.resize(ops_before), tags_.resize(ops_before);
+      staged_ = staged_before;
       return filled ? no_memory() : filled.error();
     }
     leaves += *filled;

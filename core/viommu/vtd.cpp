@@ -26,6 +26,7 @@ Vtd::Vtd(const GuestMemory& memory, VtdConfig config, VtdEvents& events)
   // What the data path pushes to is never longer than this, so it never allocates.
   tasks_.reserve(tasks_max + 2 * (config_.domains_max + std::size_t{1}));
   dirty_.reserve(config_.domains_max + std::size_t{1});
+  waits_.resize(1);  // of execute()
 }
 
 Vtd::~Vtd() { finish(); }
@@ -46,7 +47,7 @@ Progress Vtd::advance() noexcept {
   for (;;) {
     if (!dirty_.empty() && !commit_domains()) return Progress::pending;
     if (tasks_.empty()) {  // the round that an earlier call left is over
-      if (!waits_.empty()) finish_round(view);
+      if (waits_pending_ != 0) finish_round(view);
       if (any_stale_) move_stale_endpoints(view);
     }
     const bool read_all = read_descriptors(view);
@@ -63,46 +64,49 @@ Progress Vtd::advance() noexcept {
   return Progress::done;
 }
 
+// There is room: may_read() has looked, and execute() comes when none is pending.
 inline void Vtd::add_wait(const VtdDescriptor& d) noexcept {
   ++stats_.waits;
-  waits_.push_back({d.write_status, d.interrupt, d.status_address, d.status_data});
+  waits_[waits_pending_++] = {d.write_status, d.interrupt, d.status_address, d.status_data};
+}
+
+inline bool Vtd::may_read() const noexcept {
+  return budget_.left != 0 && !any_stale_ && waits_pending_ != waits_.size() &&
+         !(tasks_wait() && tasks_.size() - task_next_ >= tasks_max);
 }
 
 // True when there is nothing more to read. Stops at a descriptor that moves endpoints.
 bool Vtd::read_descriptors(const GuestMemory::View& view) noexcept {
   if (!queue_.on() || queue_error_) return true;
   while (!queue_.all_read()) {
-    if (budget_.left == 0 || any_stale_ || tasks_.size() - task_next_ >= tasks_max || waits_.size() >= queue_.entries())
-      return false;
+    if (!may_read()) return false;
     VtdRawDescriptor raw;
-    const bool readable = queue_.peek(view, raw);
-    if (readable && is_wait(raw)) {
-      VtdDescriptor wait;
-      decode_wait(raw, wait);
-      queue_.skip();
-      static_cast<void>(budget_.take(1));
-      ++stats_.descriptors;
-      add_wait(wait);
-      continue;
+    if (queue_.peek(view, raw)) [[likely]] {
+      VtdDescriptor common;
+      const bool waits = is_wait(raw);
+      if (waits || is_page_invalidation(raw, config_.descriptors)) [[likely]] {
+        queue_.skip();
+        static_cast<void>(budget_.take(1));
+        ++stats_.descriptors;
+        if (waits) {
+          decode_wait(raw, common);
+          add_wait(common);
+        } else {
+          decode_page_invalidation(raw, common);
+          invalidate_pages(view, common);
+        }
+        continue;
+      }
+      if (const auto descriptor = decode_descriptor(raw, config_.descriptors); descriptor) {
+        queue_.skip();
+        static_cast<void>(budget_.take(1));
+        apply(view, *descriptor);
+        continue;
+      }
     }
-    if (readable && is_page_invalidation(raw, config_.descriptors)) {
-      VtdDescriptor pages;
-      decode_page_invalidation(raw, pages);
-      queue_.skip();
-      static_cast<void>(budget_.take(1));
-      ++stats_.descriptors;
-      invalidate_pages(view, pages);
-      continue;
-    }
-    const auto descriptor = readable ? decode_descriptor(raw, config_.descriptors) : std::nullopt;
-    if (!descriptor) {
-      queue_error_ = true;
-      ++stats_.queue_errors;
-      return true;
-    }
-    queue_.skip();
-    static_cast<void>(budget_.take(1));
-    apply(view, *descriptor);
+    queue_error_ = true;
+    ++stats_.queue_errors;
+    return true;
   }
   return true;
 }
@@ -142,12 +146,12 @@ bool Vtd::commit_domains() noexcept {
 // Everything that was read is in effect: the guest may know.
 void Vtd::finish_round(const GuestMemory::View& view) noexcept {
   queue_.complete();
-  for (const PendingWait& w : waits_) {
+  for (const PendingWait& w : std::span{waits_}.first(waits_pending_)) {
     // A status address that is not RAM is the guest's own loss.
     if (w.write_status) static_cast<void>(view.write_le32(w.address, w.data));
     if (w.interrupt) events_.wait_completed();
   }
-  waits_.clear();
+  waits_pending_ = 0;
   if (queue_error_ && !std::exchange(error_reported_, true)) events_.queue_error(head());
 }
 
@@ -155,7 +159,7 @@ bool Vtd::set_queue(std::uint64_t iqa) noexcept {
   finish();
   const bool is_one = queue_.set(iqa, config_.capabilities.scalable);
   queue_error_ = error_reported_ = false;
-  waits_.reserve(queue_.entries());
+  waits_.resize(queue_.entries());
   return is_one;
 }
 
