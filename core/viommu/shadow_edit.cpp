@@ -33,8 +33,9 @@ bool ShadowDomain::stage(const HostOp& op, std::uint32_t tag) noexcept {
 }
 
 // A map or an unmap of one granule, written where it stays. False: no room without an allocation; stage() makes it.
-[[gnu::always_inline]] inline bool ShadowDomain::stage_one(HostOp::Kind kind, const IovaRange& range, const Region* region, std::uint64_t gpa,
-                                    Access access, std::uint32_t tag) noexcept {
+[[gnu::always_inline]] inline bool ShadowDomain::stage_one(HostOp::Kind kind, const IovaRange& range,
+                                                           const Region* region, std::uint64_t gpa, Access access,
+                                                           std::uint32_t tag) noexcept {
   if (sides_.empty()) return true;
   if (staged_ == ops_.size()) return false;
   HostOp& op = ops_[staged_];
@@ -122,8 +123,8 @@ Result<void> ShadowDomain::map(const View& view, IovaRange range, std::uint64_t 
   return map_any(view, range, gpa, access, tag);
 }
 
-Result<void> ShadowDomain::map_any(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
-                                   std::uint32_t tag) noexcept {
+[[gnu::noinline]] Result<void> ShadowDomain::map_any(const View& view, const IovaRange& range, std::uint64_t gpa,
+                                                     Access access, std::uint32_t tag) noexcept {
   if (auto checked = check_range(range, gpa, access); !checked) return checked;
   if (!index_.is_free(range))
     return base::fail(Errc::iova_busy, Stage::validate, 0, "{}: something is mapped in {:#x}..{:#x}", config_.name,
@@ -238,8 +239,8 @@ Result<std::uint32_t> ShadowDomain::unmap(const View& view, IovaRange range, Cut
   return unmap_any(view, range, rule, tag);
 }
 
-Result<std::uint32_t> ShadowDomain::unmap_any(const View& view, IovaRange range, CutRule rule,
-                                              std::uint32_t tag) noexcept {
+[[gnu::noinline]] Result<std::uint32_t> ShadowDomain::unmap_any(const View& view, IovaRange range, CutRule rule,
+                                                                std::uint32_t tag) noexcept {
   if (!range.well_formed() || range.start > index_.everything().last) return 0U;
   range.last = std::min(range.last, index_.everything().last);
   if (rule == CutRule::cut) {  // a granule is the smallest thing there is
@@ -306,8 +307,8 @@ Result<bool> ShadowDomain::assign(const View& view, IovaRange range, std::uint64
   return assign_any(view, range, gpa, access, tag);
 }
 
-Result<bool> ShadowDomain::assign_any(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
-                                      std::uint32_t tag) noexcept {
+[[gnu::noinline]] Result<bool> ShadowDomain::assign_any(const View& view, const IovaRange& range, std::uint64_t gpa,
+                                                        Access access, std::uint32_t tag) noexcept {
   if (auto checked = check_range(range, gpa, access); !checked) return checked.error();
   switch (index_.match(range, LeafWord::make(gpa, access))) {
     case ShadowIndex::Match::equal: return false;

@@ -26,6 +26,37 @@ void Vtd::invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noex
   }
 }
 
+// The most common invalidation, cut short: one page, whose table is the one of the last invalidation. False: take the
+// long way.
+inline bool Vtd::compare_page(const GuestMemory::View& view, Domain& domain, std::uint64_t iova) noexcept {
+  if (iova > domain.inputs.low.last.value) return false;
+  Access inherited = Access::none;
+  const std::uint64_t* entry = domain.path.find(view, iova, inherited);
+  if (entry == nullptr) return false;
+  bool reserved = false;
+  Error error;
+  if (!sync_entry(view, domain.shadow, domain.rules, iova, entry, inherited, 0, reserved, error)) return false;
+  static_cast<void>(budget_.take(1));
+  ++stats_.entries_compared;
+  if (domain.shadow.staged() != 0) mark_dirty(domain);
+  if (reserved) [[unlikely]]
+    ++stats_.reserved_entries;
+  if (!error.ok()) [[unlikely]] {
+    fail_domain(domain, error);
+    tasks_.push_back(emptying(domain));
+  }
+  return true;
+}
+
+// One page of the one domain that was named last: most of what there is. False: nothing was done, take the long way.
+bool Vtd::invalidate_named_page(const GuestMemory::View& view, const VtdRawDescriptor& raw) noexcept {
+  const auto id = static_cast<std::uint16_t>(raw[0] >> 16);
+  if (named_.id != id || named_.count != 1 || (raw[1] & 63) != 0 || tasks_wait()) return false;
+  Domain& domain = *domains_[named_.first];
+  if (domain.binding.kind != VtdBinding::Kind::paging || domain.failed) return false;
+  return compare_page(view, domain, raw[1] & ~std::uint64_t{0xfff});
+}
+
 void Vtd::invalidate_pages(const GuestMemory::View& view, const VtdDescriptor& d) noexcept {
   const auto named_domains = domains_named(d);
   static_cast<void>(budget_.take(named_domains.size()));
@@ -33,8 +64,7 @@ void Vtd::invalidate_pages(const GuestMemory::View& view, const VtdDescriptor& d
     Domain& domain = *owned;
     if (!is_named(d, domain) || domain.failed) continue;
     const bool now = !tasks_wait();
-    if (now && d.address_mask == 0 && compare_page(view, domain, d.address)) [[likely]]
-      continue;
+    if (now && d.address_mask == 0 && compare_page(view, domain, d.address)) continue;
     const IovaRange named{Iova{d.first_address()}, Iova{d.last_address()}};
     if (now && compare_run(view, domain, named)) continue;
     compare_pages(view, domain, named, now);
@@ -65,28 +95,6 @@ inline std::span<const std::unique_ptr<Vtd::Domain>> Vtd::domains_named(const Vt
   while (last != domains_.end() && (*last)->binding.domain == d.domain) ++last;
   named_ = {d.domain, static_cast<std::size_t>(first - domains_.begin()), static_cast<std::size_t>(last - first)};
   return std::span{domains_}.subspan(named_.first, named_.count);
-}
-
-// The most common invalidation, cut short: one page, whose table is the one of the last invalidation. False: take the
-// long way.
-inline bool Vtd::compare_page(const GuestMemory::View& view, Domain& domain, std::uint64_t iova) noexcept {
-  if (iova > domain.inputs.low.last.value) return false;
-  Access inherited = Access::none;
-  const std::uint64_t* entry = domain.path.find(view, iova, inherited);
-  if (entry == nullptr) return false;
-  bool reserved = false;
-  Error error;
-  if (!sync_entry(view, domain.shadow, domain.rules, iova, entry, inherited, 0, reserved, error)) return false;
-  static_cast<void>(budget_.take(1));
-  ++stats_.entries_compared;
-  if (domain.shadow.staged() != 0) mark_dirty(domain);
-  if (reserved) [[unlikely]]
-    ++stats_.reserved_entries;
-  if (!error.ok()) [[unlikely]] {
-    fail_domain(domain, error);
-    tasks_.push_back(emptying(domain));
-  }
-  return true;
 }
 
 // The common ones: some pages of one level-1 table. False: take the long way.

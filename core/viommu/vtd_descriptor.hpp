@@ -72,6 +72,12 @@ inline void decode_wait(const VtdRawDescriptor& raw, VtdDescriptor& out) noexcep
   out.status_address = raw[1];
 }
 
+/// The low word of a wait descriptor that says the same.
+inline std::uint64_t encode_wait_flags(const VtdDescriptor& d) noexcept {
+  return static_cast<std::uint64_t>(VtdDescriptor::Kind::wait) | std::uint64_t{d.interrupt} << 4 |
+         std::uint64_t{d.write_status} << 5 | std::uint64_t{d.fence} << 6 | std::uint64_t{d.status_data} << 32;
+}
+
 /// What the unit offers, as far as descriptors depend on it.
 struct VtdDescriptorRules {
   unsigned address_mask_max = 18;  ///< CAP.MAMV
