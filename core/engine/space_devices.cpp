@@ -86,7 +86,7 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
     return fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this address space", device_id);
   const backends::DeviceSource source = name->second;
   if (const auto expected = to.expect_device(source); !expected) return expected.error();
-  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) {
+  if (const auto detached = release_device(backends::DeviceId{device_id}); !detached) {
     to.layout_->forget(name_of(source));
     return detached.error();
   }

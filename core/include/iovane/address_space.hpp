@@ -279,6 +279,7 @@ class AddressSpace {
  private:
   friend class Engine;
   explicit AddressSpace(std::shared_ptr<engine::SpaceCore> core) noexcept;
+  Result<MemoryLease> acquire_slowly(const MemoryPiece& memory, Access access) noexcept;
   Result<MemoryLease> counted(pinning::Hold&& hold) noexcept;
   std::shared_ptr<engine::SpaceCore> core_;
 };
