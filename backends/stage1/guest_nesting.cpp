@@ -17,7 +17,6 @@ namespace {
 namespace uapi = backends::uapi::iommufd;
 
 constexpr std::uint64_t chunk_bytes = std::uint64_t{1} << 30;
-constexpr std::size_t events_max = 4096;  // read and not asked for
 
 // The bits of a stream table entry that describe the first stage, Arm IHI 0070, 5.2: V, Config, S1Fmt, S1ContextPtr,
 // S1CDMax; S1DSS, S1CIR, S1COR, S1CSH, S1STALLD, EATS. The rest is the second stage's, or how memory is reached.
@@ -369,18 +368,20 @@ Result<std::size_t> GuestNesting::read_events(std::span<GuestEvent> out, std::ui
     return make_error(Errc::unsupported, Stage::query,
                       "the host's IOMMU or kernel has no event queues (VEVENTQ_ALLOC; Arm SMMUv3, Linux 6.15)");
   const std::lock_guard lock{event_mutex_};
-  const int why = events_.drain(
-      kernel(),
-      [&](const std::uint64_t(&words)[4]) {
-        try {
-          if (waiting_.size() == events_max) throw std::bad_alloc{};
-          waiting_.push_back({{words[0], words[1], words[2], words[3]}});
-        } catch (const std::bad_alloc&) {
-          ++lost_;
-        }
-      },
-      [&](std::uint32_t more) { lost_ += more; });
-  if (why != 0) return explain_call(Stage::query, "read of a vIOMMU's events", why);
+  for (bool any = true; any && waiting_.size() < out.size();) {
+    any = false;
+    const int why = events_.drain(
+        kernel(), any,
+        [&](const std::uint64_t(&words)[4]) {
+          try {
+            waiting_.push_back({{words[0], words[1], words[2], words[3]}});
+          } catch (const std::bad_alloc&) {
+            ++lost_;
+          }
+        },
+        [&](std::uint32_t more) { lost_ += more; });
+    if (why != 0) return explain_call(Stage::query, "read of a vIOMMU's events", why);
+  }
   std::size_t taken = 0;
   for (; taken < out.size() && !waiting_.empty(); ++taken) {
     out[taken] = waiting_.front();
