@@ -63,6 +63,10 @@ Result<Watch> AddressSpace::watch(int fd, std::function<bool()> readable) {
   if (!task) return task.error();
   return Watch{*std::move(task)};
 }
+int AddressSpace::fault_record_fd() const noexcept { return core_->fault_record_fd(); }
+Result<std::size_t> AddressSpace::read_fault_records(std::span<FaultRecord> out) noexcept {
+  return core_->read_fault_records(out);
+}
 Result<void> AddressSpace::start_dirty_tracking() { return core_->start_dirty_tracking(); }
 Result<void> AddressSpace::stop_dirty_tracking() { return core_->stop_dirty_tracking(); }
 Result<std::uint64_t> AddressSpace::read_dirty(const IovaRange& range, Bytes page_size,

@@ -55,6 +55,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   // space_events.cpp.
   Result<void> on_page_fault(PageFaultHandler handler);
   Result<std::unique_ptr<DescriptorTask>> watch(int fd, std::function<bool()> handler);
+  int fault_record_fd() noexcept;
+  Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept;
   // space_dirty.cpp.
   Result<void> start_dirty_tracking();
   Result<void> stop_dirty_tracking();

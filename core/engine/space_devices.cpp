@@ -174,4 +174,15 @@ Result<void> SpaceCore::answer_page_fault(const PageFaultEvent& event, PageFault
   return state_.backend->answer_page_fault(event.cookie, answer == PageFaultAnswer::retry);
 }
 
+int SpaceCore::fault_record_fd() noexcept {
+  const LaneHold held{lane_};
+  return state_.closed ? -1 : state_.backend->fault_record_fd();
+}
+
+Result<std::size_t> SpaceCore::read_fault_records(std::span<FaultRecord> out) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  return state_.backend->read_fault_records(out);
+}
+
 }  // namespace iovane::engine
