@@ -110,7 +110,11 @@ void SpaprContainerFile::detach(IommuGroup& group) noexcept {
   if (domain_) group.leave(*domain_);
   std::erase(groups_, &group);
   group.disclaim();
-  if (groups_.empty()) drop_all();
+  if (groups_.empty()) return drop_all();
+  // As Linux since 6.9 does: the leaving group's windows are cleared first, although the others share them.
+  for (std::size_t slot = 0; slot < TceWindows::windows_max; ++slot)
+    if (TceTable* const table = windows_.at(slot)) clear(*table, 0, table->count());
+  if (domain_) domain_->invalidate(IovaRange::everything());
 }
 
 void SpaprContainerFile::drop_all() noexcept {

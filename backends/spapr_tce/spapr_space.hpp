@@ -84,6 +84,7 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   Result<void> open_default_window();
   void disconnect() noexcept;
   Result<void> hold_regions();
+  Result<void> enter_again() noexcept;
   void add_book(TceBook book);
   void facts_of_windows() noexcept;
   Error attach_error(const Error& error, const std::string& device) const noexcept;
