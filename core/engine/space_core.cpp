@@ -119,6 +119,7 @@ CloseReport SpaceCore::close() noexcept {
   // Likewise: it unmaps through it.
   if (SpaceCache* const open = cache()) open->close();
   {
+    const std::lock_guard recovering{recovery_lock_};
     const LaneHold held{lane_};
     if (state_.closed) return report;
     if (dirty_) (void)state_.backend->stop_dirty_tracking();  // so that unmapping everything reads no marks

@@ -21,6 +21,11 @@
 #include "engine/stats_page.hpp"
 #include "iovane/address_space.hpp"
 
+namespace iovane::backends {
+class SpaprControl;
+class SpaprEeh;
+}  // namespace iovane::backends
+
 namespace iovane::engine {
 
 class EngineCore;
@@ -38,6 +43,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   ~SpaceCore();
 
   const AddressSpaceFacts& facts() const noexcept { return facts_; }
+  /// Stays until close(); null after it.
+  backends::BackendSpace* backend() noexcept { return state_.backend.get(); }
   Lane& lane() noexcept { return lane_; }
   /// The lane's holder only.
   BatchExecutor& executor() noexcept { return *executor_; }
@@ -63,6 +70,14 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<std::uint64_t> read_dirty(const IovaRange& range, Bytes page_size, std::span<std::uint64_t> bitmap);
   std::size_t take_unmapped_dirty(std::span<DirtyRun> out) noexcept;
   DirtyStats dirty_stats() noexcept;
+
+  // space_windows.cpp.
+  Result<WindowLimits> window_limits();
+  Result<std::vector<Window>> windows();
+  Result<Window> create_window(const WindowRequest& request);
+  Result<void> remove_window(Iova start);
+  // error_handling.cpp. Runs `call` while the space is kept open; its error, closed or unsupported.
+  Result<void> recover(const std::function<Result<void>(backends::SpaprEeh&)>& call);
 
   Result<std::vector<IovaRange>> usable_ranges();
   // space_devices.cpp.
@@ -101,6 +116,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<std::vector<LayoutBreach>> read_usable();
   Result<void> expect_device(const backends::DeviceSource& source);
   void refresh_facts();
+  Result<backends::SpaprControl*> spapr() const;
   /// Of a mapping that is there.
   bool is_stale(MappingId mapping) const noexcept;
   MappingInfo describe(MappingId mapping) const noexcept;
@@ -119,6 +135,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   StatsSlot* published_ = nullptr;  // where the counters are instead, when others may look
   SpaceState state_;
   std::unique_ptr<BatchExecutor> executor_;
+  std::mutex recovery_lock_;  // before the lane
   std::mutex worker_lock_;
   Worker* worker_ = nullptr;  // the engine's; set once
   std::unique_ptr<StaleFlusher> flusher_;

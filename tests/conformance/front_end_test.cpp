@@ -59,15 +59,17 @@ class FrontEndContract : public Conformance {
   }
 
   static std::uint64_t iova(std::uint64_t page) { return base + page * 4096; }
+  /// The guest's pages have 4 KiB, whatever the host's have.
+  std::span<std::byte> guest_page(std::size_t page) const { return ram_.bytes().subspan(page * 4096, 4096); }
   static std::uint64_t gpa(std::size_t page) { return ram_start + page * 4096; }
   /// The device reads and writes guest page `page` at the IOVA of `slot`.
   testing::AssertionResult reaches(std::uint64_t slot, std::size_t page) {
-    if (auto read = reads(*witness_, Iova{iova(slot)}, ram_.page(page)); !read) return read;
-    return writes(*witness_, Iova{iova(slot)}, ram_.page(page));
+    if (auto read = reads(*witness_, Iova{iova(slot)}, guest_page(page)); !read) return read;
+    return writes(*witness_, Iova{iova(slot)}, guest_page(page));
   }
   testing::AssertionResult cannot_reach(std::uint64_t slot, std::size_t page) {
-    if (auto read = cannot_read(*witness_, Iova{iova(slot)}, ram_.page(page)); !read) return read;
-    return cannot_write(*witness_, Iova{iova(slot)}, ram_.page(page));
+    if (auto read = cannot_read(*witness_, Iova{iova(slot)}, guest_page(page)); !read) return read;
+    return cannot_write(*witness_, Iova{iova(slot)}, guest_page(page));
   }
 
   Engine engine_;
@@ -135,8 +137,8 @@ TEST_P(FrontEndContract, vtd_invalidations_of_every_kind_reach_the_device) {
   guest.page(1, iova(2), 1);
   flush();
   EXPECT_TRUE(reaches(2, 9));
-  EXPECT_TRUE(reads(*witness_, Iova{iova(3)}, ram_.page(6)));
-  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(3)}, ram_.page(6)));
+  EXPECT_TRUE(reads(*witness_, Iova{iova(3)}, guest_page(6)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(3)}, guest_page(6)));
   // Domain-selective.
   put(0, 0, 0);
   put(16, 20);
@@ -149,15 +151,15 @@ TEST_P(FrontEndContract, vtd_invalidations_of_every_kind_reach_the_device) {
   guest.put(first, 4, big, ram_start | 3 | 0x80, 2);
   guest.global();
   flush();
-  EXPECT_TRUE(reads(*witness_, Iova{big + 300 * 4096}, ram_.page(300)));
+  EXPECT_TRUE(reads(*witness_, Iova{big + 300 * 4096}, guest_page(300)));
   const std::uint64_t broken = guest.new_table();
   for (std::uint64_t i = 0; i < 512; ++i) tables_.store(broken + i * 8, i == 300 ? 0 : gpa(i) | 3);
   guest.put(first, 4, big, broken | 3, 2);
   guest.page(1, big, 9);
   flush();
-  EXPECT_TRUE(cannot_read(*witness_, Iova{big + 300 * 4096}, ram_.page(300)));
-  EXPECT_TRUE(reads(*witness_, Iova{big + 299 * 4096}, ram_.page(299)));
-  EXPECT_TRUE(reads(*witness_, Iova{big + 301 * 4096}, ram_.page(301)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{big + 300 * 4096}, guest_page(300)));
+  EXPECT_TRUE(reads(*witness_, Iova{big + 299 * 4096}, guest_page(299)));
+  EXPECT_TRUE(reads(*witness_, Iova{big + 301 * 4096}, guest_page(301)));
   // Context cache: the device gets another table.
   guest.put(second, 4, iova(5), gpa(50) | 3);
   guest.set_context(device_function, second, 4, 2);
@@ -169,12 +171,12 @@ TEST_P(FrontEndContract, vtd_invalidations_of_every_kind_reach_the_device) {
   // Translation off: the device sees memory as it is.
   unit.set_translation(false);
   unit.finish();
-  EXPECT_TRUE(reads(*witness_, Iova{gpa(7)}, ram_.page(7)));
+  EXPECT_TRUE(reads(*witness_, Iova{gpa(7)}, guest_page(7)));
   EXPECT_TRUE(cannot_reach(5, 50));
   unit.set_translation(true);
   unit.finish();
   EXPECT_TRUE(reaches(5, 50));
-  EXPECT_TRUE(cannot_read(*witness_, Iova{gpa(7)}, ram_.page(7)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{gpa(7)}, guest_page(7)));
   ASSERT_TRUE(unit.remove_endpoint(device_function, std::nullopt));
   EXPECT_TRUE(cannot_reach(5, 50));
   EXPECT_EQ(address_space_.stats().live_mappings, 0U);
@@ -228,14 +230,14 @@ TEST_P(FrontEndContract, vtd_scalable_mode_invalidations_reach_the_device) {
   EXPECT_TRUE(reaches(0, 3));
   flush(0x36 | 1 << 16, iova(0) | 1);
   EXPECT_TRUE(cannot_reach(0, 3));
-  EXPECT_TRUE(reads(*witness_, Iova{iova(1)}, ram_.page(8)));
-  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(1)}, ram_.page(8)));
+  EXPECT_TRUE(reads(*witness_, Iova{iova(1)}, guest_page(8)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(1)}, guest_page(8)));
   // PASID cache: another table, and none.
   put(other, 2, gpa(30) | 7);
   use(other, 2);
   flush(0x17 | 1 << 16, 0);
   EXPECT_TRUE(reaches(2, 30));
-  EXPECT_TRUE(cannot_read(*witness_, Iova{iova(1)}, ram_.page(8)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{iova(1)}, guest_page(8)));
   tables_.store(0x1'3000, 0);
   flush(0x37, 0);
   EXPECT_TRUE(cannot_reach(2, 30));
@@ -275,8 +277,8 @@ TEST_P(FrontEndContract, virtio_iommu_requests_reach_the_device) {
   EXPECT_EQ(send({attach_request(1, 8), map(1, 0, 4, 3), map(1, 8, 20, 1, 1)}), three_ok);
   EXPECT_TRUE(reaches(0, 4));
   EXPECT_TRUE(reaches(2, 6));
-  EXPECT_TRUE(reads(*witness_, Iova{iova(8)}, ram_.page(20)));
-  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(8)}, ram_.page(20)));
+  EXPECT_TRUE(reads(*witness_, Iova{iova(8)}, guest_page(20)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(8)}, guest_page(20)));
   EXPECT_EQ(send({unmap(1, 0, 2)}).front(), Status::range) << "it would cut a mapping";
   EXPECT_TRUE(reaches(1, 5));
   EXPECT_EQ(send({unmap(1, 0, 3), map(1, 1, 40, 1), map(1, 8, 41, 1)}),
@@ -292,9 +294,9 @@ TEST_P(FrontEndContract, virtio_iommu_requests_reach_the_device) {
   EXPECT_TRUE(cannot_reach(3, 60));
   // Bypass: memory as it is.
   EXPECT_TRUE(unit.set_bypass(true));
-  EXPECT_TRUE(reads(*witness_, Iova{gpa(70)}, ram_.page(70)));
+  EXPECT_TRUE(reads(*witness_, Iova{gpa(70)}, guest_page(70)));
   EXPECT_TRUE(unit.set_bypass(false));
-  EXPECT_TRUE(cannot_read(*witness_, Iova{gpa(70)}, ram_.page(70)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{gpa(70)}, guest_page(70)));
   ASSERT_TRUE(unit.remove_endpoint(8));
   EXPECT_EQ(address_space_.stats().live_mappings, 0U);
 }
@@ -314,8 +316,8 @@ TEST_P(FrontEndContract, papr_hypercalls_reach_the_device) {
   EXPECT_EQ(call(hcall::put_tce, iova(0), gpa(5) | 3, 0), hcall::success);
   EXPECT_TRUE(reaches(0, 5));
   EXPECT_EQ(call(hcall::put_tce, iova(0), gpa(6) | 1, 0), hcall::success);
-  EXPECT_TRUE(reads(*witness_, Iova{iova(0)}, ram_.page(6)));
-  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(0)}, ram_.page(6)));
+  EXPECT_TRUE(reads(*witness_, Iova{iova(0)}, guest_page(6)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(0)}, guest_page(6)));
   EXPECT_EQ(call(hcall::put_tce, iova(0), 0, 0), hcall::success);
   EXPECT_TRUE(cannot_reach(0, 6));
   const std::uint64_t list = 0x2'0000;
@@ -335,9 +337,9 @@ TEST_P(FrontEndContract, papr_hypercalls_reach_the_device) {
                                std::array<std::uint64_t, 4>{made.liobn, made.address + 0x2'0000, gpa(320) | 3, 0})
                 .status,
             hcall::success);
-  EXPECT_TRUE(reads(*witness_, Iova{made.address + 0x2'3000}, ram_.page(323)));
+  EXPECT_TRUE(reads(*witness_, Iova{made.address + 0x2'3000}, guest_page(323)));
   EXPECT_EQ(unit.remove_window(made.liobn), rtas::success);
-  EXPECT_TRUE(cannot_read(*witness_, Iova{made.address + 0x2'3000}, ram_.page(323)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{made.address + 0x2'3000}, guest_page(323)));
   EXPECT_TRUE(reaches(17, 101));
   EXPECT_EQ(unit.reset_windows(0), rtas::success);
   EXPECT_TRUE(cannot_reach(17, 101));

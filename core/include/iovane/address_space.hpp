@@ -10,6 +10,7 @@
 
 #include "iovane/config.hpp"
 #include "iovane/dirty.hpp"
+#include "iovane/error_handling.hpp"
 #include "iovane/fault_record.hpp"
 #include "iovane/memory_lease.hpp"
 #include "iovane/page_fault.hpp"
@@ -19,6 +20,7 @@
 #include "iovane/stats.hpp"
 #include "iovane/types.hpp"
 #include "iovane/watch.hpp"
+#include "iovane/windows.hpp"
 
 namespace iovane {
 
@@ -175,6 +177,12 @@ class AddressSpace {
   /// wait for running batches. Errors: as attach()'s, and unsupported with Gap::refuse.
   enum class Gap : std::uint8_t { refuse, accept };
   Result<DeviceInfo> move_device(std::uint32_t device_id, AddressSpace& to, Gap gap = Gap::refuse);
+
+  /// Windows that can be made and removed; unsupported except on sPAPR.
+  Result<Windows> windows() const;
+  /// Freezing and recovery of devices (EEH); unsupported except on sPAPR, where the platform offers it and a device is
+  /// attached.
+  Result<ErrorHandling> error_handling() const;
 
   /// For poll(2): readable while devices wait for pages. -1 without AddressSpaceConfig::page_faults, and before the
   /// first device. Owned by the address space.
