@@ -176,6 +176,7 @@ class MapCache final : public Evictor, public StalenessListener {
   MemoryRange with_margin(const PinBatch& batch) const noexcept;
   void note_stream(const MemoryRange& area) noexcept;
   void supersede_weaker(PinBatch& batch) noexcept;
+  bool is_in_flight(const MemoryRange& range) const noexcept;
   void add_gap(PinBatch& batch, MemoryRange gap) noexcept;
   Result<void> fill_in(PinBatch& batch) noexcept;
   Result<void> charge(PinBatch& batch) noexcept;
@@ -211,6 +212,7 @@ class MapCache final : public Evictor, public StalenessListener {
   EvictionPolicy policy_;
   ByteLimit space_;
   std::array<InFlight, in_flight_max> in_flight_{};
+  std::size_t in_flight_count_ = 0;  // places of it in use
   /// Single misses in the first half, in the second half those that were gone on with, so that random misses do not
   /// push those out. Each half is a ring.
   std::array<Stream, streams_max> streams_{};

@@ -24,6 +24,7 @@ struct MapCache::PinBatch {
   std::array<PinRequest, pieces_max> requests{};
   std::array<PinOutcome, pieces_max> outcomes{};
   std::size_t count = 0;
+  bool whole = false;  // the pieces are all that is missing of `wanted`, as of plan()
   std::size_t published = 0;
   Error error{};  // the first that concerns `wanted`
 };

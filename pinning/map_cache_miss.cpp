@@ -55,6 +55,8 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
     // A.unpins - acquire, pairs with R.unpins in unpin().
     const std::uint64_t unpins_seen = unpins_ended_.load(std::memory_order_acquire);
     const Result<void> done = fill_in(batch);
+    // What has been taken away again by now, the caller finds missing and asks for once more.
+    if (done && batch.whole && batch.published == batch.count) return {};
     idle = batch.published != 0 ? 0 : idle + 1;
     if (done) continue;
     const Errc code = done.error().code;
@@ -90,6 +92,7 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
     return PlanVerdict::wait;
   }
   batch.count = 0;
+  batch.whole = true;
   batch.error = {};
   supersede_weaker(batch);
 
@@ -105,9 +108,7 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
       const MemoryRange gap{key, gap_last};
       if (gap.overlaps(batch.wanted)) {
         missing = true;
-        const MemoryRange needed = gap.common(batch.wanted);
-        for (const InFlight& f : in_flight_)
-          if (f.used && f.range.overlaps(needed)) return PlanVerdict::wait;
+        if (is_in_flight(gap.common(batch.wanted))) return PlanVerdict::wait;
       }
       add_gap(batch, gap);
     }
@@ -122,6 +123,8 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
     in_flight_[f] = {batch.pieces[taken].range, true, false};
     batch.pieces[taken++].flight = f;
   }
+  in_flight_count_ += taken;
+  batch.whole = batch.whole && taken == batch.count;
   batch.count = taken;
   if (taken != 0) note_stream(area);
   return taken != 0 ? PlanVerdict::planned : PlanVerdict::wait;
@@ -175,14 +178,20 @@ void MapCache::supersede_weaker(PinBatch& batch) noexcept {
   }
 }
 
-void MapCache::add_gap(PinBatch& batch, MemoryRange gap) noexcept {
+// Under lock_.
+bool MapCache::is_in_flight(const MemoryRange& range) const noexcept {
+  if (in_flight_count_ == 0) return false;
   for (const InFlight& f : in_flight_)
-    if (f.used && f.range.overlaps(gap)) {
-      // Somebody pins part of the margin already: keep to what is needed.
-      if (!gap.overlaps(batch.wanted)) return;
-      gap = gap.common(batch.wanted);
-      break;
-    }
+    if (f.used && f.range.overlaps(range)) return true;
+  return false;
+}
+
+void MapCache::add_gap(PinBatch& batch, MemoryRange gap) noexcept {
+  if (is_in_flight(gap)) {
+    // Somebody pins part of the margin already: keep to what is needed.
+    if (!gap.overlaps(batch.wanted)) return;
+    gap = gap.common(batch.wanted);
+  }
   const std::uint64_t border = provider_.traits().border.value;
   for (std::uint64_t key = gap.start; batch.count < pieces_max;) {
     const std::uint64_t piece_last = std::min(gap.last, key | (border - 1));
@@ -190,6 +199,7 @@ void MapCache::add_gap(PinBatch& batch, MemoryRange gap) noexcept {
     if (piece_last == gap.last) return;
     key = piece_last + 1;
   }
+  batch.whole = false;
 }
 
 PinRequest MapCache::request_for(const MemoryRange& range, Access access) const noexcept {
@@ -305,6 +315,7 @@ void MapCache::publish(PinBatch& batch) noexcept {
       }
       flight = {};
     }
+    in_flight_count_ -= batch.count;
   }
   changed_->notify_all();
   if (undo_count != 0) {
@@ -326,6 +337,7 @@ void MapCache::abandon(PinBatch& batch) noexcept {
   {
     const std::lock_guard held{lock_};
     for (std::size_t i = 0; i < batch.count; ++i) in_flight_[batch.pieces[i].flight] = {};
+    in_flight_count_ -= batch.count;
   }
   changed_->notify_all();
   for (std::size_t i = 0; i < batch.count; ++i)
