@@ -1,5 +1,6 @@
 // The slow path of the map cache: find out what is missing, pay for it, pin it, publish it.
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <chrono>
 #include <thread>
@@ -97,7 +98,7 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
   supersede_weaker(batch);
 
   const MemoryRange area = with_margin(batch);
-  // Nobody's stream goes on here: a refusal of the chunk must not be followed by a second try of the same.
+  // No more than the chunk: its refusal must not be followed by a second try of the same.
   if (batch.margin == PinBatch::Margin::stream && area.last <= batch.wanted.grown_to(config_.chunk.value).last)
     batch.margin = PinBatch::Margin::chunk;
   bool missing = false;
@@ -126,20 +127,25 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
   in_flight_count_ += taken;
   batch.whole = batch.whole && taken == batch.count;
   batch.count = taken;
-  if (taken != 0) note_stream(area);
+  if (taken != 0) note_stream(area, batch.step);
   return taken != 0 ? PlanVerdict::planned : PlanVerdict::wait;
 }
 
 // Under lock_. What to pin for the wanted range, as far as it is not there yet: its chunks, or more where it goes on
 // with what was pinned before.
-MemoryRange MapCache::with_margin(const PinBatch& batch) const noexcept {
+MemoryRange MapCache::with_margin(PinBatch& batch) const noexcept {
+  batch.step = 0;
   if (batch.margin == PinBatch::Margin::none) return batch.wanted;
   MemoryRange area = batch.wanted.grown_to(config_.chunk.value);
+  batch.step = area.length().value;
   if (batch.margin == PinBatch::Margin::stream)
     for (const Stream& stream : streams_)
       if (stream.bytes != 0 && stream.next == area.start) {
-        const std::uint64_t bytes = std::min(stream.bytes * 2, config_.chunk_max.value);
-        area.last = std::max(area.last, area.start + bytes - 1);
+        // It ends at a border of its size, so that a huge page is not shared with the next one and the user's last
+        // chunk reaches no further than the memory is likely to.
+        const std::uint64_t bytes = std::min(std::bit_floor(stream.bytes) * 2, config_.chunk_max.value);
+        area.last = std::max(area.last, (area.start & ~(bytes - 1)) + (bytes - 1));
+        batch.step = std::max(batch.step, bytes);
       }
   if (const auto place = files_.find(batch.wanted.start))
     area.last = std::min(area.last, place->window_last);
@@ -149,9 +155,9 @@ MemoryRange MapCache::with_margin(const PinBatch& batch) const noexcept {
 }
 
 // Under lock_. `area` is being pinned: whoever misses right behind it goes on with it.
-void MapCache::note_stream(const MemoryRange& area) noexcept {
+void MapCache::note_stream(const MemoryRange& area, std::uint64_t step) noexcept {
   if (config_.chunk_max.value == 0) return;
-  const Stream now{area.last + 1, std::min(area.length().value, config_.chunk_max.value)};
+  const Stream now{area.last + 1, std::min(step, config_.chunk_max.value)};
   for (std::size_t i = 0; i < streams_max; ++i)
     if (streams_[i].next == area.start && streams_[i].bytes != 0) {
       if (i >= streams_max / 2) {
