@@ -20,6 +20,7 @@
 
 #include "backends/dirty.hpp"
 #include "backends/page_fault.hpp"
+#include "iovane/fault_record.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
 
@@ -209,6 +210,12 @@ class BackendSpace {
   virtual Result<std::size_t> read_page_faults(std::span<PageFault> out) noexcept;
   /// Lets the requests of one cookie go: the device tries again, or gives up. not_found when nobody waits for it.
   virtual Result<void> answer_page_fault(std::uint32_t cookie, bool retry) noexcept;
+
+  /// For poll(2): readable while fault records wait to be read. -1 where the interface delivers none, and before the
+  /// first device. Owned by the space. Control plane.
+  virtual int fault_record_fd() const noexcept { return -1; }
+  /// Takes up to out.size() fault records, oldest first; never blocks. What is not read in time is counted as lost.
+  virtual Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept;
 
   /// Windows, error handling and hand-over to KVM (spapr_tce/spapr_control.hpp); null on other interfaces.
   virtual SpaprControl* spapr() noexcept { return nullptr; }

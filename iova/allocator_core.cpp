@@ -164,6 +164,27 @@ void AllocatorCore::note_start(Run& run, Unit run_first, std::uint64_t length, u
   note_block(start, arena_.id_of(&run));
 }
 
+// The frees of a run's intervals no longer find it by hint, and so not by the fast path.
+void AllocatorCore::forget_starts(const Run& run, const RunShape& shape) noexcept {
+  const unsigned fine = floor_log2(shape.length) + granule_log2_;
+  const bool coarse = shape.slots > run_few_slots;
+  const unsigned shift = coarse ? std::min(fine + HintTable::coarse_log2, 63U) : fine;
+  // A run of many slots lies in at most three coarse blocks; another has an entry for each of its few slots.
+  const std::uint64_t step = coarse ? std::uint64_t{1} << shift : bytes_of(shape.length);
+  const std::uint64_t first = bytes_of(shape.first);
+  const std::uint64_t last = bytes_of(shape.range().last);
+  const auto forget = [&](std::uint64_t start) {
+    HintEntry& entry = hints_[HintTable::index(start, shift)];
+    // relaxed: hints.
+    if (entry.run.load(std::memory_order_relaxed) == &run) entry.run.store(nullptr, std::memory_order_relaxed);
+  };
+  for (std::uint64_t start = first;; start += step) {
+    forget(start);
+    if (last - start <= step) break;
+  }
+  forget(last);
+}
+
 ObjectId AllocatorCore::class_of(LengthKey key) noexcept {
   const auto start = static_cast<unsigned>((key.raw * 0x9e3779b97f4a7c15ULL) >> 40);
   ObjectId fresh = 0;
@@ -178,6 +199,8 @@ ObjectId AllocatorCore::class_of(LengthKey key) noexcept {
         fresh = arena_.allocate(ObjectKind::length_class, sizeof(LengthClass));
         if (fresh == 0) return 0;
         (new (arena_.at<void>(fresh)) LengthClass{})->key = key;
+        // relaxed: a statistic; before the class can be found, so that whoever divides by it does not find 0.
+        class_count_.fetch_add(1, std::memory_order_relaxed);
       }
       class_at(fresh)->code = place;
       base::yield_point("class.add");
@@ -188,7 +211,11 @@ ObjectId AllocatorCore::class_of(LengthKey key) noexcept {
     }
     if (class_at(id)->key == key) answer = id;
   }
-  if (fresh != 0) arena_.release(ObjectKind::length_class, sizeof(LengthClass), fresh);
+  if (fresh != 0) {
+    // relaxed: as above.
+    class_count_.fetch_sub(1, std::memory_order_relaxed);
+    arena_.release(ObjectKind::length_class, sizeof(LengthClass), fresh);
+  }
   return answer;
 }
 

@@ -138,6 +138,7 @@ class AllocatorCore final : private Roster {
     blocks_[block_index(unit)].store(run, std::memory_order_relaxed);
   }
   void note_start(Run& run, Unit run_first, std::uint64_t length, unsigned slots, Unit start) noexcept;
+  void forget_starts(const Run& run, const RunShape& shape) noexcept;
   std::uint64_t bytes_of(Unit unit) const noexcept { return unit << granule_log2_; }
 
   // runs.cpp
@@ -166,7 +167,7 @@ class AllocatorCore final : private Roster {
   bool settle(ThreadCache& me, Run& run) noexcept;
   void bury(ThreadCache& me, Run& run) noexcept;
   enum class Eviction { gone, live, contended };
-  Eviction evict(ThreadCache& me, SlotWordPtr word) noexcept;
+  Eviction evict(ThreadCache& me, Run& run, unsigned index) noexcept;
   bool close_incarnation(ThreadCache& me, Incarnation owner, SlotWordPtr word, bool to_free) noexcept;
 
   // magazines.cpp
@@ -181,8 +182,13 @@ class AllocatorCore final : private Roster {
   bool take_from_shelf(ThreadCache& me, Magazine& magazine, unsigned want) noexcept;
   void flush(ThreadCache& me, Magazine& magazine, unsigned count) noexcept;
   void put_back(ThreadCache& me, std::span<const MagazineEntry> entries, Incarnation owner) noexcept;
-  void note_free_slots(ThreadCache& me, Run& run, std::uint64_t mask) noexcept;
-  void retire_if_idle(ThreadCache& me, Run& run) noexcept;
+  std::uint64_t note_free_slots(Run& run, std::uint64_t mask) noexcept;
+  void note_taken_slots(Run& run, std::uint64_t mask) noexcept;
+  LengthClass* give_back(ThreadCache& me, Run& run) noexcept;
+  void give_back_more(ThreadCache& me, LengthClass& c) noexcept;
+  std::uint64_t always_kept_slots(const LengthClass& c) const noexcept;
+  std::uint64_t kept_slots(const LengthClass& c) const noexcept;
+  unsigned run_slots_for(const LengthClass& c) const noexcept;
   unsigned capacity_for(const LengthClass& c) const noexcept;
 
   // allocate.cpp, release.cpp, claim.cpp
@@ -215,6 +221,8 @@ class AllocatorCore final : private Roster {
   std::unique_ptr<std::atomic<ThreadCache*>[]> caches_;
   alignas(base::cacheline_bytes) std::atomic<std::uint32_t> cache_count_{0};
   alignas(base::cacheline_bytes) std::atomic<std::uint64_t> run_units_{0};
+  std::atomic<std::uint64_t> usable_units_{0};
+  std::atomic<std::uint64_t> class_count_{0};
   std::atomic<std::uint64_t> parked_next_{0};
   std::mutex control_;  ///< set_usable against itself
 };

@@ -80,7 +80,7 @@ Answer AllocatorCore::claim_once(ThreadCache& me, UnitRange range, bool& again) 
           const RunShape shape = RunShape::load(run);
           const unsigned last_index = shape.slot_of(common.last);
           for (unsigned i = shape.slot_of(common.first); i <= last_index; ++i) {
-            const Eviction result = evict(me, &run.slot(i));
+            const Eviction result = evict(me, run, i);
             if (result == Eviction::live) return {Outcome::live, shape.slot_range(i)};
             if (result == Eviction::contended) return {Outcome::contended, shape.slot_range(i)};
           }
@@ -143,7 +143,7 @@ void AllocatorCore::reclaim_idle(ThreadCache& me) noexcept {
         run = arena_.at<Run>(there.value.run_id());
         const RunShape shape = RunShape::load(*run);
         const unsigned last_index = shape.slot_of(there.range.last);
-        for (unsigned i = shape.slot_of(there.range.first); i <= last_index; ++i) evict(me, &run->slot(i));
+        for (unsigned i = shape.slot_of(there.range.first); i <= last_index; ++i) evict(me, *run, i);
       }
     }
     if (run != nullptr) settle(me, *run);

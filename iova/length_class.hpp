@@ -5,6 +5,7 @@
 // may be as many as the table holds, further lengths are served one by one.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -55,8 +56,17 @@ struct LengthClass : ArenaObject {
   LengthKey key;
   std::uint32_t code;                     ///< its place in the table of classes: 12 bits, not 0, of no other class
   std::atomic<std::uint64_t> slots;       ///< in runs of this class
-  std::atomic<std::uint64_t> slots_free;  ///< of these, in nobody's magazine and not live; approximate
+  std::atomic<std::int64_t> slots_free;   ///< bits that are set in them; for a moment less than nothing
+  std::atomic<RunShelf::Position> sweep;  ///< where AllocatorCore::give_back_more() goes on
   RunShelf shelf;
+
+  /// Slots that are live or in magazines. Approximate.
+  std::uint64_t slots_in_use() const noexcept {
+    // relaxed: statistics.
+    const std::uint64_t all = slots.load(std::memory_order_relaxed);
+    const std::int64_t unused = slots_free.load(std::memory_order_relaxed);
+    return unused <= 0 ? all : all - std::min(all, static_cast<std::uint64_t>(unused));
+  }
 };
 
 }  // namespace iovane::iova

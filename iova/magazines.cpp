@@ -9,27 +9,47 @@
 namespace iovane::iova {
 namespace {
 
-// What a magazine may hold whatever else is live: 4 MiB of 4 KiB granules. Beyond, an eighth of the class's slots.
-constexpr std::uint64_t hoard_units_always = 1024;
+// What all classes together may keep free whatever is live: the 1,024th part of the space, at most 1 GiB of 4 KiB
+// granules; less the more classes there are. A class keeps four slots and not more than 1,024. Beyond, an eighth of
+// what is in use.
+constexpr std::uint64_t hoard_space_divisor = 1024;
+constexpr std::uint64_t hoard_units_always = std::uint64_t{1} << 18;
+constexpr std::uint64_t hoard_slots_least = 4;
+constexpr std::uint64_t hoard_slots_most = 1024;
 constexpr std::uint64_t hoard_divisor = 8;
 constexpr unsigned shelf_tries_max = 8;
-
-unsigned run_slots_for(std::uint64_t length, std::uint64_t class_slots) noexcept {
-  if (length >= multi_slot_length_max) return 1;
-  const std::uint64_t allowed = std::max(hoard_units_always / 4 / length, class_slots / hoard_divisor);
-  if (allowed >= run_many_slots) return run_many_slots;
-  if (allowed >= run_few_slots) return run_few_slots;
-  return allowed >= run_single_slots ? run_single_slots : 1;
-}
+// Runs that are looked at for each one that gives back: fewer than are kept, and all of them while half are freed.
+constexpr unsigned sweep_runs = 2;
 
 }  // namespace
 
+// Slots that a class may keep in any case. Classes are never fewer than one when this is asked.
+std::uint64_t AllocatorCore::always_kept_slots(const LengthClass& c) const noexcept {
+  // relaxed: a bound that need not be exact.
+  const std::uint64_t all =
+      std::min(usable_units_.load(std::memory_order_relaxed) / hoard_space_divisor, hoard_units_always);
+  const std::uint64_t classes = class_count_.load(std::memory_order_relaxed);
+  const std::uint64_t mine = all / (c.key.length() * classes * static_cast<unsigned>(std::bit_width(classes)));
+  return std::clamp<std::uint64_t>(mine, hoard_slots_least, hoard_slots_most);
+}
+
+// Free slots that a class may keep, and as many again in each magazine.
+std::uint64_t AllocatorCore::kept_slots(const LengthClass& c) const noexcept {
+  return std::max(always_kept_slots(c), c.slots_in_use() / hoard_divisor);
+}
+
 unsigned AllocatorCore::capacity_for(const LengthClass& c) const noexcept {
   if (!magazines_) return 1;
-  // relaxed: a statistic.
-  const std::uint64_t allowed =
-      std::max(hoard_units_always / c.key.length(), c.slots.load(std::memory_order_relaxed) / hoard_divisor);
-  return static_cast<unsigned>(std::clamp<std::uint64_t>(allowed, 1, Magazine::entries_max - 1));
+  return static_cast<unsigned>(std::min<std::uint64_t>(kept_slots(c), Magazine::entries_max - 1));
+}
+
+// How many slots a new run has.
+unsigned AllocatorCore::run_slots_for(const LengthClass& c) const noexcept {
+  if (c.key.over_aligned() || c.key.length() >= multi_slot_length_max) return 1;
+  const std::uint64_t allowed = std::max(always_kept_slots(c) / 4, c.slots_in_use() / hoard_divisor);
+  if (allowed >= run_many_slots) return run_many_slots;
+  if (allowed >= run_few_slots) return run_few_slots;
+  return allowed >= run_single_slots ? run_single_slots : 1;
 }
 
 // The magazine for a class, empty or with valid entries. Null without memory. Not inside a section.
@@ -121,27 +141,36 @@ void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
   }
 }
 
-// Marks slots that have just become free in their run's word and on the shelf. Inside a section.
-void AllocatorCore::note_free_slots(ThreadCache& me, Run& run, std::uint64_t mask) noexcept {
+// Marks slots that have just become free in their run's word and on the shelf. Inside a section. Answers with the word.
+std::uint64_t AllocatorCore::note_free_slots(Run& run, std::uint64_t mask) noexcept {
   base::yield_point("run.free_bits");
   // W.bits - seq_cst: the shelf's handshake; release: the slots' words come first.
   const std::uint64_t before = run.bits.fetch_or(mask, std::memory_order_seq_cst);
   // relaxed: they do not change while the section protects the run.
   const std::uint32_t position = run.position.load(std::memory_order_relaxed);
   const ObjectId c = run.length_class.load(std::memory_order_relaxed);
-  if (c == 0) return;
+  if (c == 0) return before | mask;
   LengthClass& length_class = *class_at(c);
   // relaxed: a statistic.
-  length_class.slots_free.fetch_add(static_cast<unsigned>(std::popcount(mask & ~before)), std::memory_order_relaxed);
+  length_class.slots_free.fetch_add(std::popcount(mask & ~before), std::memory_order_relaxed);
   if (before == 0 && position != Run::no_position) length_class.shelf.set_ready(arena_, position);
-  static_cast<void>(me);
+  return before | mask;
+}
+
+// Takes bits out of a run's word, whether or not the slots are free.
+void AllocatorCore::note_taken_slots(Run& run, std::uint64_t mask) noexcept {
+  // A.bits - seq_cst: nobody finds these slots by the word any more; who has taken some already keeps them.
+  const std::uint64_t before = run.bits.fetch_and(~mask, std::memory_order_seq_cst);
+  // relaxed: does not change while the caller keeps the run; a statistic.
+  if (const ObjectId c = run.length_class.load(std::memory_order_relaxed); c != 0)
+    class_at(c)->slots_free.fetch_sub(std::popcount(before & mask), std::memory_order_relaxed);
 }
 
 // Hoarded slots go back to their runs. Not inside a section.
 void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> entries, Incarnation owner) noexcept {
-  constexpr unsigned idle_max = Magazine::entries_max;
-  std::array<Run*, idle_max> idle;  // runs to look at again when the section is over
-  unsigned idle_count = 0;
+  constexpr unsigned sparse_max = Magazine::entries_max;
+  std::array<Run*, sparse_max> sparse;  // runs to look at again when the section is over
+  unsigned sparse_count = 0;
   {
     MapSection section{map_, me};  // keeps each run from being reused between its slot's word and its bits
     for (std::size_t i = 0; i < entries.size();) {
@@ -156,16 +185,17 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
           mask |= std::uint64_t{1} << entries[i].index;
       }
       if (mask == 0) continue;
-      note_free_slots(me, run, mask);
+      const auto unused = static_cast<unsigned>(std::popcount(note_free_slots(run, mask)));
       // R.doomed - seq_cst: see free().
       const bool doomed = (run.flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
-      // R.bits - seq_cst: as in note_free_slots().
-      const std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
-      const bool full = static_cast<unsigned>(std::popcount(bits)) == run.slots.load(std::memory_order_relaxed);
-      if ((doomed || full) && idle_count < idle_max) idle[idle_count++] = &run;
+      // relaxed: does not change while the section protects the run.
+      const bool is_sparse = 2 * unused >= run.slots.load(std::memory_order_relaxed);
+      if ((doomed || is_sparse) && sparse_count < sparse_max) sparse[sparse_count++] = &run;
     }
   }
-  for (unsigned i = 0; i < idle_count; ++i) retire_if_idle(me, *idle[i]);
+  for (unsigned i = 0; i < sparse_count; ++i) {
+    if (LengthClass* const c = give_back(me, *sparse[i])) give_back_more(me, *c);
+  }
 }
 
 void AllocatorCore::flush(ThreadCache& me, Magazine& magazine, unsigned count) noexcept {
@@ -177,38 +207,44 @@ void AllocatorCore::flush(ThreadCache& me, Magazine& magazine, unsigned count) n
   magazine.resize(magazine.size() - count);
 }
 
-// A run whose slots are all free goes back to the map if its class has plenty; a doomed one gives back what it can.
-// The object may have become another run by now, which then is treated the same. Not inside a section.
-void AllocatorCore::retire_if_idle(ThreadCache& me, Run& run) noexcept {
+// A run gives its free slots back to the map: a doomed one always; another if at least half of it is free and its class
+// keeps more than it may. Then it is doomed too, so that it drains: half-full runs would stay for as long as the last
+// interval in each. The answer is the class that kept too much. The object may have become another run by now, which
+// then is treated the same. Not inside a section.
+LengthClass* AllocatorCore::give_back(ThreadCache& me, Run& run) noexcept {
+  LengthClass* surplus = nullptr;
   {
     MapSection section{map_, me};
-    // relaxed: hints; the slots' words decide.
-    const unsigned slots = run.slots.load(std::memory_order_relaxed);
-    const ObjectId c = run.length_class.load(std::memory_order_relaxed);
-    // R.bits - seq_cst: as in note_free_slots().
-    std::uint64_t bits = run.bits.load(std::memory_order_seq_cst);
-    // R.doomed - seq_cst: see free().
-    const bool doomed = (run.flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
     // R.shape - acquire: the run is in this section's version or later, so the section protects what follows.
-    if (RunTag{run.tag.load(std::memory_order_acquire)}.slots() == 0) return;
-    if (run.born.load(std::memory_order_acquire) > section.version()) return;
-    if (!doomed) {
-      if (c == 0 || static_cast<unsigned>(std::popcount(bits)) != slots) return;
-      const LengthClass& length_class = *class_at(c);
-      const std::uint64_t length = length_class.key.length();
-      // relaxed: statistics.
-      const std::uint64_t keep =
-          std::max({hoard_units_always / length, length_class.slots.load(std::memory_order_relaxed) / hoard_divisor,
-                    std::uint64_t{1}});
-      if (length_class.slots_free.load(std::memory_order_relaxed) <= keep) return;
-      base::yield_point("run.retire");
-      // A.bits - seq_cst: nobody finds free slots here any more; who has taken some already keeps them.
-      if (!run.bits.compare_exchange_strong(bits, 0, std::memory_order_seq_cst)) return;
+    const RunShape shape = RunShape::load(run);
+    if (!shape.valid() || run.born.load(std::memory_order_acquire) > section.version() || !shape.unchanged(run))
+      return nullptr;
+    // R.doomed - seq_cst: see free().
+    if ((run.flags.load(std::memory_order_seq_cst) & Run::doomed) == 0) {
+      // relaxed: does not change while the section protects the run.
+      const ObjectId c = run.length_class.load(std::memory_order_relaxed);
+      if (c == 0) return nullptr;
+      // R.bits - seq_cst: as in note_free_slots().
+      const auto unused = static_cast<unsigned>(std::popcount(run.bits.load(std::memory_order_seq_cst)));
+      LengthClass& length_class = *class_at(c);
       // relaxed: a statistic.
-      class_at(c)->slots_free.fetch_sub(slots, std::memory_order_relaxed);
+      const std::int64_t kept = length_class.slots_free.load(std::memory_order_relaxed);
+      if (2 * unused < shape.slots || kept <= static_cast<std::int64_t>(kept_slots(length_class))) return nullptr;
+      surplus = &length_class;
+      if (unused < shape.slots) {
+        base::yield_point("run.drain");
+        // seq_cst: as in set_usable(), but here nothing depends on who sees it: a slot that its owner's magazine hoards
+        // meanwhile is handed out once more.
+        run.flags.fetch_or(Run::doomed, std::memory_order_seq_cst);
+        forget_starts(run, shape);
+      }
     }
-    for (unsigned i = 0; i < slots && i < Run::slots_max; ++i) {
-      std::uint64_t expected = SlotWord::of(SlotState::free).raw;
+    base::yield_point("run.retire");
+    note_taken_slots(run, ~std::uint64_t{0});
+    for (unsigned i = 0; i < shape.slots && i < Run::slots_max; ++i) {
+      // relaxed: the CAS decides.
+      std::uint64_t expected = run.slot(i).load(std::memory_order_relaxed);
+      if (SlotWord{expected}.state() != SlotState::free) continue;
       base::yield_point("slot.settle");
       // A.slot - acq_rel: free -> settled; settle() follows.
       run.slot(i).compare_exchange_strong(expected, SlotWord::of(SlotState::settled).raw, std::memory_order_acq_rel,
@@ -216,6 +252,17 @@ void AllocatorCore::retire_if_idle(ThreadCache& me, Run& run) noexcept {
     }
   }
   settle(me, run);
+  return surplus;
+}
+
+// As a class declines, the runs that it kept when it was larger are looked at too: a few for each one that gave back.
+void AllocatorCore::give_back_more(ThreadCache& me, LengthClass& c) noexcept {
+  for (unsigned turn = 0; turn < sweep_runs; ++turn) {
+    // relaxed: threads that sweep at once may look at the same runs.
+    const auto found = c.shelf.next_ready(arena_, c.sweep.load(std::memory_order_relaxed));
+    c.sweep.store(found ? found->position + 1 : 0, std::memory_order_relaxed);
+    if (found) give_back(me, *arena_.at<Run>(found->run));
+  }
 }
 
 // Up to `want` slots from a run of the class. False when none was found at once.
@@ -265,7 +312,7 @@ bool AllocatorCore::take_from_shelf(ThreadCache& me, Magazine& magazine, unsigne
     }
     if (taken == 0) continue;
     // relaxed: a statistic.
-    c.slots_free.fetch_sub(static_cast<unsigned>(std::popcount(taken)), std::memory_order_relaxed);
+    c.slots_free.fetch_sub(std::popcount(taken), std::memory_order_relaxed);
     unsigned got = 0;
     unsigned index_of_last = 0;
     while (taken != 0) {
@@ -297,8 +344,7 @@ bool AllocatorCore::refill(ThreadCache& me, Magazine& magazine, Unit last_max) n
   magazine.capacity = capacity_for(c);
   const unsigned want = std::max(1U, (magazine.capacity + 1) / 2);
   if (take_from_shelf(me, magazine, want)) return true;
-  // relaxed: a statistic.
-  unsigned slots = c.key.over_aligned() ? 1 : run_slots_for(c.key.length(), c.slots.load(std::memory_order_relaxed));
+  unsigned slots = run_slots_for(c);
   bool unaligned = false;
   for (;;) {
     const unsigned first_count = std::min(slots, want);

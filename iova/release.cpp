@@ -56,7 +56,9 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
       run = locate(section, range.first);
       if (run == nullptr) return {Outcome::not_live};
       shape = RunShape::load(*run);
-      note_start(*run, shape.first, shape.length, shape.slots, range.first);
+      // seq_cst: as below, but only a preference.
+      if ((run->flags.load(std::memory_order_seq_cst) & Run::doomed) == 0)
+        note_start(*run, shape.first, shape.length, shape.slots, range.first);
     }
     const unsigned index = shape.slot_of(range.first);
     const UnitRange interval = shape.slot_range(index);

@@ -154,4 +154,33 @@ std::optional<RunShelf::Found> RunShelf::find_ready(const MetadataArena& arena, 
   return std::nullopt;
 }
 
+std::optional<RunShelf::Found> RunShelf::next_ready(const MetadataArena& arena, Position from) const noexcept {
+  for (unsigned tries = 0; tries < tries_max && from < positions; ++tries) {
+    const ShelfNode* node = &root_;
+    Position position = 0;
+    for (unsigned level = levels - 1;; --level) {
+      // Nodes before `from` are behind us: only on the way to it does its index count.
+      const bool on_the_way = position == (from >> (6 * (level + 1)) << (6 * (level + 1)));
+      const std::uint64_t wanted = on_the_way ? ~std::uint64_t{0} << index_at(from, level) : ~std::uint64_t{0};
+      // seq_cst: the summaries' handshake; a hint that is wrong costs a try.
+      const std::uint64_t ready = node->ready.load(std::memory_order_seq_cst) & wanted;
+      if (ready == 0) {
+        // Nothing in the rest of this node.
+        from = ((position >> (6 * (level + 1))) + 1) << (6 * (level + 1));
+        break;
+      }
+      const auto index = static_cast<unsigned>(std::countr_zero(ready));
+      position |= index << (6 * level);
+      const ObjectId below = child_id(*node, index);
+      if (below == 0) {  // being removed at this moment
+        from = position + 1;
+        break;
+      }
+      if (level == 0) return Found{below, position};
+      node = arena.at<ShelfNode>(below);
+    }
+  }
+  return std::nullopt;
+}
+
 }  // namespace iovane::iova

@@ -32,6 +32,7 @@ class RunShelf {
  public:
   static constexpr unsigned levels = 3;
   using Position = std::uint32_t;
+  static constexpr Position positions = Position{1} << (6 * levels);
 
   /// Puts a run that is not ready yet on the shelf. Nothing when the shelf or the arena is full.
   std::optional<Position> put(MetadataArena& arena, ObjectId run) noexcept;
@@ -45,6 +46,8 @@ class RunShelf {
     Position position;
   };
   std::optional<Found> find_ready(const MetadataArena& arena, unsigned bias) noexcept;
+  /// The first run at or above `from` that was ready, or nothing: for passes over all, which begin again at 0 then.
+  std::optional<Found> next_ready(const MetadataArena& arena, Position from) const noexcept;
 
  private:
   static constexpr unsigned index_at(Position p, unsigned level) noexcept { return (p >> (6 * level)) & 63; }

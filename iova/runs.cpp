@@ -1,5 +1,6 @@
 // Making, finding, emptying and burying runs.
 #include <algorithm>
+#include <bit>
 
 #include "base/asymmetric_barrier.hpp"
 #include "base/yield_point.hpp"
@@ -14,6 +15,9 @@ Run* AllocatorCore::prepare_run(const RunPlan& plan) noexcept {
   Run& run = *arena_.at<Run>(id);
   run.kind = run_object_kind(plan.slots);
   run.bytes = static_cast<std::uint16_t>(Run::bytes_for(plan.slots));
+  // Before any word is written: revalidate() must not take a word for that of the object's former run. 0 is nobody's
+  // identity, since class codes are not 0.
+  run.identity.store(0, std::memory_order_release);
   // The tag is closed: by bury(), or because the memory is fresh.
   // W.shape - release each, pairs with R.shape: who reads one of these also finds the generation odd or newer.
   run.flags.store(0, std::memory_order_release);
@@ -21,6 +25,9 @@ Run* AllocatorCore::prepare_run(const RunPlan& plan) noexcept {
   run.length.store(plan.length, std::memory_order_release);
   run.reciprocal.store(reciprocal_of(plan.length, plan.slots), std::memory_order_release);
   run.slots_left.store(plan.slots, std::memory_order_release);
+  // A slot that was put back while its run was buried counts for the former class to the end.
+  // relaxed: the object is ours.
+  const ObjectId former_class = run.length_class.load(std::memory_order_relaxed);
   run.length_class.store(plan.length_class, std::memory_order_release);
   run.run_kind.store(plan.kind, std::memory_order_release);
   std::uint64_t free_bits = 0;
@@ -32,7 +39,12 @@ Run* AllocatorCore::prepare_run(const RunPlan& plan) noexcept {
     if (!first) free_bits |= std::uint64_t{1} << i;
     run.slot(i).store(word.raw, std::memory_order_release);
   }
-  run.bits.store(plan.kind == RunKind::shelved ? free_bits : 0, std::memory_order_release);
+  // relaxed: who puts slots back meanwhile found the object's former life, see below.
+  const std::uint64_t bits_left =
+      run.bits.exchange(plan.kind == RunKind::shelved ? free_bits : 0, std::memory_order_release);
+  // relaxed: a statistic.
+  if (bits_left != 0 && former_class != 0)
+    class_at(former_class)->slots_free.fetch_sub(std::popcount(bits_left), std::memory_order_relaxed);
   std::uint32_t position = Run::no_position;
   if (plan.length_class != 0) {
     if (const auto p = class_at(plan.length_class)->shelf.put(arena_, id)) position = *p;
@@ -46,6 +58,7 @@ void AllocatorCore::discard_run(Run& run) noexcept {
   const std::uint32_t position = run.position.load(std::memory_order_relaxed);
   if (position != Run::no_position)
     class_at(run.length_class.load(std::memory_order_relaxed))->shelf.remove(arena_, position);
+  run.bits.store(0, std::memory_order_relaxed);  // they were never counted
   arena_.release(run.kind, run.bytes, arena_.id_of(&run));
 }
 
@@ -121,21 +134,24 @@ Run* AllocatorCore::locate(MapSection& section, Unit unit) noexcept {
 // whoever wants the units tries again.
 bool AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
   const SegmentValue mine = SegmentValue::run(arena_.id_of(&run));
-  constexpr unsigned ranges_max = 4;
+  constexpr unsigned ranges_most = 16;
+  unsigned ranges_max = ranges_most;
   for (;;) {  // lock-free: repeats after a commit, its own (bounded by the run's slots) or another thread's
     MapSection section{map_, me};
     const RunShape shape = RunShape::load(run);
     const TreeView tree = section.tree();
-    std::array<UnitRange, ranges_max> ranges;
+    std::array<UnitRange, ranges_most> ranges;
     unsigned count = 0;
     unsigned slots = 0;
+    std::optional<Segment> there;  // where the last slot looked at begins
     for (unsigned i = 0; i < shape.slots && i < Run::slots_max; ++i) {
       const UnitRange range = shape.slot_range(i);
       if (range.first > range.last || range.last > tree.last()) break;  // being made into another run
       // From here a wrong shape does no harm: if the map gives any of its units to this run, it is the right one.
       // R.slot - acquire, pairs with the settling CAS.
       if (SlotWord{run.slot(i).load(std::memory_order_acquire)}.state() != SlotState::settled) continue;
-      if (!(tree.find(range.first).value == mine)) continue;
+      if (!there || !there->range.contains(range.first)) there = tree.find(range.first);
+      if (!(there->value == mine)) continue;
       if (count > 0 && ranges[count - 1].last + 1 == range.first) {
         ranges[count - 1].last = range.last;
       } else if (count == ranges_max) {
@@ -162,7 +178,9 @@ bool AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
     }
     if (!fits) {
       edit.abandon();
-      return false;
+      if (ranges_max == 1) return false;
+      ranges_max = 1;  // many ranges among many windows are too much for one edit
+      continue;
     }
     base::yield_point("run.settle");
     const auto result = section.commit(edit);
@@ -184,6 +202,7 @@ bool AllocatorCore::settle(ThreadCache& me, Run& run) noexcept {
 void AllocatorCore::bury(ThreadCache& me, Run& run) noexcept {
   // seq_cst: sections that found the run fit for use before this announced a version that retire() respects.
   run.flags.fetch_or(Run::doomed, std::memory_order_seq_cst);
+  note_taken_slots(run, ~std::uint64_t{0});
   // relaxed: nobody else changes them now.
   const std::uint32_t position = run.position.load(std::memory_order_relaxed);
   const ObjectId c = run.length_class.load(std::memory_order_relaxed);
@@ -240,7 +259,8 @@ bool AllocatorCore::close_incarnation(ThreadCache& me, Incarnation owner, SlotWo
 }
 
 // Takes a slot that is not live out of its run. The caller keeps the run from being reused and settles it afterwards.
-AllocatorCore::Eviction AllocatorCore::evict(ThreadCache& me, SlotWordPtr word) noexcept {
+AllocatorCore::Eviction AllocatorCore::evict(ThreadCache& me, Run& run, unsigned index) noexcept {
+  const SlotWordPtr word = &run.slot(index);
   // R.slot - acquire.
   std::uint64_t seen = word->load(std::memory_order_acquire);
   for (;;) {  // lock-free: repeats after another thread changed the word
@@ -252,8 +272,10 @@ AllocatorCore::Eviction AllocatorCore::evict(ThreadCache& me, SlotWordPtr word) 
     base::yield_point("slot.evict");
     // A.slot - acq_rel: settles the slot. Linearization of its leaving the run.
     if (word->compare_exchange_strong(seen, SlotWord::of(SlotState::settled).raw, std::memory_order_acq_rel,
-                                      std::memory_order_acquire))
+                                      std::memory_order_acquire)) {
+      if (now.state() == SlotState::free) note_taken_slots(run, std::uint64_t{1} << index);
       return Eviction::gone;
+    }
   }
 }
 

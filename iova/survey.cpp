@@ -164,6 +164,10 @@ Answer AllocatorCore::set_usable(std::span<const UnitRange> windows, std::vector
       section.renew();
     }
   }
+  std::uint64_t units = 0;
+  for (const UnitRange& window : windows) units += window.count();
+  // relaxed: bounds what is hoarded, which need not follow at once.
+  usable_units_.store(units, std::memory_order_relaxed);
   // The complement of the windows.
   std::vector<UnitRange> outside;
   Unit next = 0;
@@ -191,7 +195,7 @@ Answer AllocatorCore::set_usable(std::span<const UnitRange> windows, std::vector
           const unsigned last_index = shape.slot_of(there.range.last);
           for (unsigned i = shape.slot_of(there.range.first); i <= last_index; ++i) {
             const SlotWordPtr slot = &run->slot(i);
-            const Eviction result = evict(*me, slot);
+            const Eviction result = evict(*me, *run, i);
             if (result == Eviction::gone) continue;
             // R.slot - acquire. From now on it is freed by CAS, and so leaves the run. A slot that its thread is just
             // handing out or taking back counts as live; that thread finds its incarnation closed and the run doomed.

@@ -97,11 +97,17 @@ class MapCache final : public Evictor, public StalenessListener {
     return acquire_missing(range, access);
   }
   /// The hit alone: empty when any part of the range's first granule is missing. Wait-free.
-  Lease try_acquire(MemoryRange range, Access access) noexcept {
+  [[gnu::always_inline]] Lease try_acquire(MemoryRange range, Access access) noexcept {
     // A.changes - acquire, pairs with R.changes in changes_end(): 0 after an event shows what the event removed (I5).
     if (changes_pending_.load(std::memory_order_acquire) != 0) [[unlikely]]
       return {};
     return index_.acquire(range, access);
+  }
+  /// try_acquire(), but empty also when this thread's guard words are all in use. What it returns can be detached.
+  [[gnu::always_inline]] Lease try_acquire_by_guard(MemoryRange range, Access access) noexcept {
+    if (changes_pending_.load(std::memory_order_acquire) != 0) [[unlikely]]  // A.changes - acquire, as above
+      return {};
+    return index_.acquire_by_guard(range, access);
   }
   /// Leases for the whole range, in order: returns how many. limit_reached when they do not fit into `out`, which is
   /// empty then.

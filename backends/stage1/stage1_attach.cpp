@@ -95,6 +95,10 @@ Result<std::uint32_t> Stage1Space::nested_table(const NestedDevice& device) {
   if (const int why = call(shared_.kernel(), shared_.fd(), alloc); why != 0)
     return explain_call(Stage::attach, "HWPT_ALLOC of a nested page table", why);
   tables_.push_back({device.unit, alloc.out_hwpt_id});
+  if (device.unit->events != nullptr && inbox_.open()) {
+    inbox_.watch(device.unit->events->pollable(shared_.kernel()));
+    hears_faults_ = true;
+  }
   targets_.push_back({.object = smmu ? device.unit->viommu : alloc.out_hwpt_id,
                       .architecture = first_stage_.format.architecture,
                       .asid = asid_,
@@ -183,6 +187,7 @@ Result<AttachedDevice> Stage1Space::attach(const DeviceSource& source) {
     shared_.unbind(*device);
     return connected.error();
   }
+  shared_.route_faults(device->bound.id, &inbox_);
   devices_.push_back(std::move(*device));
   devices_changed();
   return describe(devices_.back());
@@ -196,6 +201,7 @@ Result<void> Stage1Space::detach(DeviceId device) {
   backends::uapi::vfio::DeviceDetachIommufdPt detach;
   const int why = call(shared_.kernel(), at->bound.fd.get(), detach);
   if (why != 0) return explain_call(Stage::detach, "VFIO_DEVICE_DETACH_IOMMUFD_PT", why);
+  shared_.route_faults(device, nullptr);
   shared_.unbind(*at);
   devices_.erase(at);
   devices_changed();
@@ -211,6 +217,7 @@ Result<AttachedDevice> Stage1Space::take_over(Stage1Space& from, DeviceId device
   if (&from == this) return describe(*at);
   devices_.reserve(devices_.size() + 1);  // before the kernel acts: nothing may fail after it
   if (const auto connected = connect(*at); !connected) return connected.error();
+  shared_.route_faults(device, &inbox_);
   devices_.push_back(std::move(*at));
   from.devices_.erase(at);
   devices_changed();

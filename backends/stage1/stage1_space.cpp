@@ -35,6 +35,7 @@ Stage1Space::Stage1Space(SharedNesting& shared, const SpaceOptions& options)
 Stage1Space::~Stage1Space() {
   while (!devices_.empty()) {
     if (detach(devices_.back().bound.id)) continue;
+    shared_.route_faults(devices_.back().bound.id, nullptr);
     shared_.unbind(devices_.back());  // closing its descriptor detaches it
     devices_.pop_back();
   }
@@ -283,6 +284,19 @@ Result<void> Stage1Space::unregister_memory(RegionId region) {
 Result<void> Stage1Space::promise(std::span<const IovaRange>) {
   return make_error(Errc::unsupported, Stage::reserve,
                     "the kernel does not know first-stage addresses, so it cannot keep promises about them");
+}
+
+int Stage1Space::fault_record_fd() const noexcept { return hears_faults_ ? inbox_.poll_fd() : -1; }
+
+Result<std::size_t> Stage1Space::read_fault_records(std::span<FaultRecord> out) noexcept {
+  if (!hears_faults_)
+    return make_error(tables_.empty() ? Errc::no_device : Errc::unsupported, Stage::query,
+                      tables_.empty() ? "there are no fault records before the first device"
+                                      : "this IOMMU's faults are only in the kernel's log: its driver or this kernel "
+                                        "has no event queues (VEVENTQ_ALLOC; Arm SMMUv3, Linux 6.15)");
+  if (const int why = shared_.collect_faults(); why != 0)
+    return explain_call(Stage::query, "read of fault records", why);
+  return inbox_.take(out);
 }
 
 Headroom Stage1Space::headroom() noexcept {

@@ -36,6 +36,8 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   Result<void> promise(std::span<const IovaRange> ranges) override;
   Headroom headroom() noexcept override;
   Bytes table_memory() const noexcept override { return pool_.pinned(); }
+  int fault_record_fd() const noexcept override;
+  Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept override;
 
   /// Takes an attached device over from another space of the same descriptor, without a gap.
   Result<AttachedDevice> take_over(Stage1Space& from, DeviceId device);
@@ -102,6 +104,8 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   std::vector<IovaRange> passed_;                      // reserved windows that lead to the parent's same addresses
   std::vector<const iommufd::StagedMemory*> regions_;  // index = RegionId - 1
   std::atomic<bool> debt_{false};
+  FaultInbox inbox_;
+  bool hears_faults_ = false;  // one of its IOMMUs has an event queue
 };
 
 }  // namespace iovane::backends::stage1

@@ -51,6 +51,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   int page_fault_fd() noexcept;
   Result<std::size_t> read_page_faults(std::span<PageFaultEvent> out) noexcept;
   Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
+  int fault_record_fd() noexcept;
+  Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept;
   // space_dirty.cpp.
   Result<void> start_dirty_tracking();
   Result<void> stop_dirty_tracking();
@@ -85,6 +87,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   /// Makes worker_ the node's worker, once. Not with the lane held.
   Result<void> start_worker();
   Result<DeviceInfo> attach_now(const DeviceConfig& device);
+  /// Takes a device out of the backend. Called with the lane held.
+  Result<void> release_device(backends::DeviceId device);
   /// Called with the lane held. refresh_usable() reads what the host says and follows it; its error is the first thing
   /// that does not hold any more. expect_device() is asked before a device comes.
   Result<void> refresh_usable();
@@ -112,6 +116,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Worker* worker_ = nullptr;  // the engine's; set once
   std::unique_ptr<StaleFlusher> flusher_;
   std::unique_ptr<Relief> relief_;
+  std::unique_ptr<WorkerHeir> heir_;
   std::atomic<std::uint32_t> queues_opened_{0};
   std::optional<SpaceLayout> layout_;                             // made by create()
   std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again

@@ -86,7 +86,7 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
     return fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this address space", device_id);
   const backends::DeviceSource source = name->second;
   if (const auto expected = to.expect_device(source); !expected) return expected.error();
-  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) {
+  if (const auto detached = release_device(backends::DeviceId{device_id}); !detached) {
     to.layout_->forget(name_of(source));
     return detached.error();
   }
@@ -166,6 +166,17 @@ Result<void> SpaceCore::answer_page_fault(const PageFaultEvent& event, PageFault
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   return state_.backend->answer_page_fault(event.cookie, answer == PageFaultAnswer::retry);
+}
+
+int SpaceCore::fault_record_fd() noexcept {
+  const LaneHold held{lane_};
+  return state_.closed ? -1 : state_.backend->fault_record_fd();
+}
+
+Result<std::size_t> SpaceCore::read_fault_records(std::span<FaultRecord> out) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  return state_.backend->read_fault_records(out);
 }
 
 }  // namespace iovane::engine

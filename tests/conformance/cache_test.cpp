@@ -406,6 +406,29 @@ TEST_P(CacheContract, no_change_of_memory_leaves_a_stale_page_under_the_monitor)
   }
 }
 
+// A process that may not use userfaultfd learns it when it opens the cache, and is told what would allow it.
+TEST_P(CacheContract, opening_says_so_where_the_monitor_is_not_permitted) {
+  if (::geteuid() != 0) GTEST_SKIP() << "needs root to become somebody who may not";
+  open_space();
+  if (HasFatalFailure()) return;
+  int code = -1;
+  std::string text;
+  bool explicit_works = false;
+  // A thread of its own with its own credentials: raw system calls change those of the calling thread only.
+  std::thread{[&] {
+    ::syscall(SYS_setresgid, 65534, 65534, 65534);
+    ::syscall(SYS_setresuid, 65534, 65534, 65534);
+    const auto opened = address_space_.open_cache({.ceiling = low_addresses, .staleness = Staleness::monitored});
+    code = static_cast<int>(opened.error().code);
+    text = opened.error().detail();
+    explicit_works = bool{address_space_.open_cache({.ceiling = low_addresses})};
+  }}.join();
+  if (code == static_cast<int>(Errc::ok)) GTEST_SKIP() << "this host lets everyone use userfaultfd";
+  EXPECT_EQ(code, static_cast<int>(Errc::permission)) << text;
+  EXPECT_NE(text.find("userfaultfd"), std::string::npos) << text;
+  EXPECT_TRUE(explicit_works) << "the mode without a monitor needs no right, and a refusal leaves nothing behind";
+}
+
 // Registered by descriptor: memfd, and huge pages where there are any.
 TEST_P(CacheContract, a_registered_file_is_acquired_by_offset) {
   open_cache({.chunk = 64_KiB});

@@ -151,7 +151,7 @@ TEST_P(IntervalAllocatorSchedules, LetOthersFinishWhileOneIsFrozen) {
   const auto [space_pages, magazines] = GetParam();
   const std::uint64_t seed = test::seed();
   std::set<std::string> frozen_at;
-  for (std::uint64_t variant = 0; variant < threads; ++variant) {  // each thread is the frozen one once
+  for (std::uint64_t variant = 0; variant < 3 * threads; ++variant) {  // each thread is the frozen one three times
     for (std::uint64_t step = 1;; ++step) {
       SCOPED_TRACE("variant " + std::to_string(variant) + ", step " + std::to_string(step));
       Scene scene{space_pages, magazines};

@@ -28,13 +28,14 @@ struct World {
 
 class Tape {
  public:
-  Tape(const World& world, Direction direction, bool magazines, std::uint64_t seed)
-      : random_{seed}, world_{world}, reference_{page} {
+  /// `limit`: of metadata; with less than the default it may refuse for want of it.
+  Tape(const World& world, Direction direction, bool magazines, std::uint64_t seed, Bytes limit = 64_MiB)
+      : random_{seed}, world_{world}, metadata_limit_{limit}, starved_{limit < 64_MiB}, reference_{page} {
     reference_.set_windows(world.windows);
     auto made = IntervalAllocator::create({.granule = Bytes{page},
                                            .windows = world.windows,
                                            .direction = direction,
-                                           .metadata_limit = 64_MiB,
+                                           .metadata_limit = limit,
                                            .magazines = magazines});
     EXPECT_TRUE(made) << made.error().message();
     allocator_ = std::move(*made);
@@ -69,7 +70,9 @@ class Tape {
     EXPECT_EQ(stats.live.value, 0U);
     EXPECT_EQ(stats.idle.value, 0U);
     EXPECT_FALSE(stats.span);
+    EXPECT_LE(stats.metadata_high_water, metadata_limit_);
   }
+  std::uint64_t refusals_for_metadata() const { return refusals_; }
 
  private:
   std::uint64_t some_length() {
@@ -93,6 +96,7 @@ class Tape {
     if (random_() % 4 == 0) options.ceiling = Iova{some_page() * page + random_() % page};
     const auto got = allocator_->allocate(length, options);
     if (!got) {
+      if (refused_for_metadata(got.error())) return;
       ASSERT_EQ(got.error().code, Errc::iova_exhausted) << got.error().message();
       ASSERT_FALSE(reference_.fits(length.value, options.align.value, options.ceiling))
           << length.value / page << " pages, align " << options.align.value << ", ceiling " << options.ceiling.value;
@@ -104,6 +108,14 @@ class Tape {
     ASSERT_TRUE(reference_.usable(*got)) << got->start.value;
     ASSERT_FALSE(reference_.overlap(*got)) << got->start.value;
     reference_.add(*got);
+  }
+
+  // Where metadata is scarce, any call that takes may be refused for it, and then nothing has changed.
+  bool refused_for_metadata(const Error& why) {
+    if (!starved_ || why.code != Errc::out_of_memory) return false;
+    ++refusals_;
+    compare_all();
+    return true;
   }
 
   void free_live() {
@@ -126,6 +138,7 @@ class Tape {
       ASSERT_FALSE(claimed);
       ASSERT_EQ(claimed.error().code, Errc::iova_busy);
     } else {
+      if (!claimed && refused_for_metadata(claimed.error())) return;
       ASSERT_TRUE(claimed) << claimed.error().message();
       reference_.add(r);
     }
@@ -171,6 +184,9 @@ class Tape {
 
   std::mt19937_64 random_;
   World world_;
+  Bytes metadata_limit_;
+  bool starved_;
+  std::uint64_t refusals_ = 0;
   ReferenceIntervals reference_;
   std::unique_ptr<IntervalAllocator> allocator_;
 };
@@ -205,6 +221,26 @@ INSTANTIATE_TEST_SUITE_P(Worlds, IntervalAllocatorModel,
                                   (std::get<1>(tape.param) == Direction::top_down ? "_down" : "_up") +
                                   (std::get<2>(tape.param) ? "" : "_shared");
                          });
+
+// Every limit from the least that is allowed: the tape goes on through refusals, and nothing that lives is ever refused
+// its way back.
+TEST(IntervalAllocatorWithoutMetadata, EveryRefusalAtEveryLimitChangesNothing) {
+  const std::uint64_t seed = test::seed();
+  const World world{"scarce", {pages(16, 4000), pages(5000, 3000)}, 60, 1600};
+  std::uint64_t limits_that_refused = 0;
+  std::uint64_t refusals = 0;
+  for (std::uint64_t kib = 64; kib <= 320 && !HasFatalFailure(); kib += 2) {
+    SCOPED_TRACE("IOVANE_SEED=" + std::to_string(seed) + ", limit of " + std::to_string(kib) + " KiB");
+    for (const bool magazines : {true, false}) {
+      Tape tape{world, Direction::top_down, magazines, seed + kib, Bytes{kib << 10}};
+      tape.run();
+      limits_that_refused += tape.refusals_for_metadata() != 0 ? 1 : 0;
+      refusals += tape.refusals_for_metadata();
+    }
+  }
+  RecordProperty("refusals", std::to_string(refusals));
+  EXPECT_GT(limits_that_refused, 20U) << "the limits are too generous to show anything";
+}
 
 }  // namespace
 }  // namespace iovane::iova

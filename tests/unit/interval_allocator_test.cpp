@@ -5,10 +5,15 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
+#include <random>
+#include <string>
 #include <thread>
 #include <vector>
+
+#include "support/seed.hpp"
 
 namespace iovane::iova {
 namespace {
@@ -256,21 +261,45 @@ TEST(IntervalAllocator, WhatAnExitedThreadLeftLiveIsFreedByOthersInOrder) {
   for (const IovaRange& r : left) ASSERT_EQ(a->free(r).error().code, Errc::not_found);
 }
 
-TEST(IntervalAllocator, HoardsABoundedAmount) {
+// How live intervals of one length become few: in which order they are freed.
+struct Decline {
+  std::string name;
+  Bytes length;
+  bool shuffled;
+};
+class HoardedSpace : public ::testing::TestWithParam<Decline> {};
+
+TEST_P(HoardedSpace, FallsWithWhatIsLive) {
+  const auto [name, length, shuffled] = GetParam();
   const auto a = make({range(0, (std::uint64_t{1} << 48) - 1)});
   std::vector<IovaRange> live;
-  for (unsigned i = 0; i < 20'000; ++i) live.push_back(*a->allocate(2_MiB));
-  while (live.size() > 100) {
-    ASSERT_TRUE(a->free(live.back()));
-    live.pop_back();
+  for (unsigned i = 0; i < 10'000; ++i) live.push_back(*a->allocate(length));
+  if (shuffled) std::shuffle(live.begin(), live.end(), std::mt19937_64{test::seed()});
+  for (const std::size_t left : {5'000U, 1'000U, 100U}) {
+    while (live.size() > left) {
+      ASSERT_TRUE(a->free(live.back()));
+      live.pop_back();
+    }
+    const auto stats = a->stats();
+    ASSERT_EQ(stats.live_intervals, left);
+    // As much again as is live, where each run is half full; a magazine; and what is kept whatever is live.
+    const std::uint64_t kept_always = std::min(1_GiB, Bytes{1024 * length.value}).value;
+    EXPECT_LE(stats.idle.value, stats.live.value + 64 * length.value + kept_always) << "with " << left << " live";
+    EXPECT_LE(stats.metadata.value, 1'000'000U);
   }
-  // An eighth of the most that was live, and no more, until somebody asks for it.
-  EXPECT_LE(a->stats().idle.value, (20'000 / 8 + 2 * Run::slots_max) * (2_MiB).value);
-  EXPECT_LE(a->stats().metadata.value, std::uint64_t{1} << 20);
+  for (const IovaRange& r : live) EXPECT_EQ(a->find(r.start), r);
   a->trim();
   EXPECT_EQ(a->stats().idle.value, 0U);
   for (const IovaRange& r : live) EXPECT_EQ(a->find(r.start), r);
 }
+
+INSTANTIATE_TEST_SUITE_P(Orders, HoardedSpace,
+                         ::testing::Values(Decline{"4K_last_first", 4_KiB, false}, Decline{"4K_any_order", 4_KiB, true},
+                                           Decline{"64K_last_first", 64_KiB, false},
+                                           Decline{"64K_any_order", 64_KiB, true},
+                                           Decline{"2M_last_first", 2_MiB, false},
+                                           Decline{"2M_any_order", 2_MiB, true}),
+                         [](const auto& decline) { return decline.param.name; });
 
 TEST(IntervalAllocator, RefusesNonsense) {
   const auto a = make({pages(0, 64)});

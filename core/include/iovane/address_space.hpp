@@ -10,6 +10,7 @@
 
 #include "iovane/config.hpp"
 #include "iovane/dirty.hpp"
+#include "iovane/fault_record.hpp"
 #include "iovane/memory_lease.hpp"
 #include "iovane/page_fault.hpp"
 #include "iovane/queue.hpp"
@@ -183,6 +184,14 @@ class AddressSpace {
   /// Errors: not_found when nobody waits any more (answered, or its device was detached, which answers "fail").
   Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
 
+  /// For poll(2): readable while fault records wait, of transfers that failed. -1 where the backend delivers none (only
+  /// stage1 on Arm SMMUv3 does; elsewhere the kernel logs them), and before the first device. Owned by the address
+  /// space.
+  int fault_record_fd() const noexcept;
+  /// Takes up to out.size() fault records, oldest first. Never blocks on devices. Any thread. Bounded: what nobody
+  /// reads in time is counted (FaultRecord::Reason::lost). Errors: unsupported.
+  Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept;
+
   /// Records what devices write from now on; needs AddressSpaceConfig::dirty_tracking. Starting again forgets what was
   /// recorded. Waits for running batches; unmaps cost a kernel call more until stop. Errors: unsupported (the
   /// interface, the IOMMU, the config), no_device (type1 needs one first).
@@ -270,6 +279,7 @@ class AddressSpace {
  private:
   friend class Engine;
   explicit AddressSpace(std::shared_ptr<engine::SpaceCore> core) noexcept;
+  Result<MemoryLease> acquire_slowly(const MemoryPiece& memory, Access access) noexcept;
   Result<MemoryLease> counted(pinning::Hold&& hold) noexcept;
   std::shared_ptr<engine::SpaceCore> core_;
 };
