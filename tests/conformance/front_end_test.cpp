@@ -166,6 +166,24 @@ TEST_P(FrontEndContract, vtd_invalidations_of_every_kind_reach_the_device) {
   flush();
   EXPECT_TRUE(reaches(5, 50));
   EXPECT_TRUE(cannot_reach(16, 20));
+  // The same for all devices of a domain, and for all there are.
+  guest.set_context(device_function, first, 4, 1);
+  EXPECT_TRUE(reaches(5, 50));
+  guest.enqueue(0x21 | 2U << 16, 0);
+  flush();
+  EXPECT_TRUE(reaches(16, 20));
+  EXPECT_TRUE(cannot_reach(5, 50));
+  guest.set_context(device_function, second, 4, 2);
+  guest.enqueue(0x11, 0);
+  flush();
+  EXPECT_TRUE(reaches(5, 50));
+  EXPECT_TRUE(cannot_reach(16, 20));
+  // A device's own cache holds what the host's does: invalidating it alone changes nothing.
+  guest.put(second, 4, iova(5), 0);
+  guest.enqueue(0x03 | std::uint64_t{device_function} << 32, ~std::uint64_t{0xfff} | 1);
+  flush();
+  EXPECT_TRUE(reaches(5, 50));
+  guest.put(second, 4, iova(5), gpa(50) | 3);
   // Translation off: the device sees memory as it is.
   unit.set_translation(false);
   unit.finish();
@@ -239,6 +257,33 @@ TEST_P(FrontEndContract, vtd_scalable_mode_invalidations_reach_the_device) {
   tables_.store(0x1'3000, 0);
   flush(0x37, 0);
   EXPECT_TRUE(cannot_reach(2, 30));
+  // Second-level tables: the PASID cache of a domain, then the IOTLB's pages, domain and all.
+  const std::uint64_t second = guest.new_table();
+  guest.put(second, 4, iova(3), gpa(33) | 3);
+  tables_.store(0x1'3008, 3);
+  tables_.store(0x1'3010, 0);
+  tables_.store(0x1'3000, second | 1 | 2 << 6 | 2 << 2);
+  flush(0x07 | 3U << 16, 0);
+  EXPECT_TRUE(reaches(3, 33));
+  EXPECT_TRUE(cannot_reach(2, 30));
+  guest.put(second, 4, iova(3), 0);
+  guest.put(second, 4, iova(4), gpa(34) | 3);
+  guest.put(second, 4, iova(9), gpa(39) | 3);
+  guest.put(second, 4, iova(40), gpa(40) | 3);
+  EXPECT_TRUE(reaches(3, 33));
+  flush(0x32 | 3U << 16, iova(0) | 3);  // eight pages
+  EXPECT_TRUE(cannot_reach(3, 33));
+  EXPECT_TRUE(reaches(4, 34));
+  EXPECT_TRUE(cannot_reach(9, 39));
+  flush(0x22 | 3U << 16, 0);
+  EXPECT_TRUE(reaches(9, 39));
+  guest.put(second, 4, iova(9), 0);
+  flush(0x12, 0);
+  EXPECT_TRUE(cannot_reach(9, 39));
+  EXPECT_TRUE(reaches(40, 40));
+  tables_.store(0x1'3000, 0);
+  flush(0x17 | 3U << 16, 0);
+  EXPECT_TRUE(cannot_reach(40, 40));
   EXPECT_EQ(address_space_.stats().live_mappings, 0U);
   ASSERT_TRUE(unit.remove_endpoint(device_function, std::nullopt));
 }
