@@ -48,8 +48,15 @@ Error no_page_faults() noexcept {
                     "this interface does not deliver I/O page faults; only iommufd does");
 }
 
+Error no_fault_records() noexcept {
+  return make_error(Errc::unsupported, Stage::query,
+                    "this interface does not deliver fault records (the kernel logs them); only stage-1 mode on Arm "
+                    "SMMUv3 does, from Linux 6.15 on");
+}
+
 }  // namespace
 
+Result<std::size_t> BackendSpace::read_fault_records(std::span<FaultRecord>) noexcept { return no_fault_records(); }
 Result<std::size_t> BackendSpace::read_page_faults(std::span<PageFault>) noexcept { return no_page_faults(); }
 Result<void> BackendSpace::answer_page_fault(std::uint32_t, bool) noexcept { return no_page_faults(); }
 Result<void> BackendSpace::start_dirty_tracking(DirtyHarvest&) { return no_dirty_tracking(); }

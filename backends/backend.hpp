@@ -20,6 +20,7 @@
 
 #include "backends/dirty.hpp"
 #include "backends/page_fault.hpp"
+#include "iovane/fault_record.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
 
@@ -178,6 +179,11 @@ class BackendSpace {
   /// Precondition (checked by the engine, which has the index): no mapping of the region lives. Where the precondition
   /// is broken the kernel keeps such pages pinned until their unmap; nothing dangles.
   virtual Result<void> unregister_memory(RegionId region) = 0;
+  /// [start, last] of this process was unmapped, discarded or replaced, or is about to be: what the interface keeps
+  /// pinned of it is not what a later map means. Only where pins go by address (sPAPR) is there anything to do: such a
+  /// map is refused (busy) until the last mapping and the last region that need the old pages are gone. Any thread, at
+  /// any time; neither allocates nor waits for anybody who does.
+  virtual void memory_changed(std::uint64_t /*start*/, std::uint64_t /*last*/) noexcept {}
 
   /// Brings a device in; may narrow usable_ranges(). Undoes itself on failure.
   virtual Result<AttachedDevice> attach(const DeviceSource& source) = 0;
@@ -209,6 +215,12 @@ class BackendSpace {
   virtual Result<std::size_t> read_page_faults(std::span<PageFault> out) noexcept;
   /// Lets the requests of one cookie go: the device tries again, or gives up. not_found when nobody waits for it.
   virtual Result<void> answer_page_fault(std::uint32_t cookie, bool retry) noexcept;
+
+  /// For poll(2): readable while fault records wait to be read. -1 where the interface delivers none, and before the
+  /// first device. Owned by the space. Control plane.
+  virtual int fault_record_fd() const noexcept { return -1; }
+  /// Takes up to out.size() fault records, oldest first; never blocks. What is not read in time is counted as lost.
+  virtual Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept;
 
   /// Windows, error handling and hand-over to KVM (spapr_tce/spapr_control.hpp); null on other interfaces.
   virtual SpaprControl* spapr() noexcept { return nullptr; }

@@ -14,7 +14,8 @@ constexpr std::size_t slot_of(unsigned long request) noexcept { return request &
 
 /// True for calls that make a new descriptor, as their answer or in their structure.
 constexpr bool returns_descriptor(unsigned long request) noexcept {
-  return request == uapi::vfio::group_get_device_fd || request == uapi::iommufd::FaultQueueAlloc::request;
+  return request == uapi::vfio::group_get_device_fd || request == uapi::iommufd::FaultQueueAlloc::request ||
+         request == uapi::iommufd::VeventqAlloc::request;
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 //   0                                             idle
 //   [key >> 12 : 46 bits at 12][width : 6 bits at 1][1]   walking: reading tables for keys in the aligned block of
 //                                                 2^width bytes around key; nothing is known yet
-//   [region id : 32 at 32][index number : 12 at 8][2 at 0] leased: using that region
+//   [index number : 12 at 32][region id : 24 at 4][2 at 0] leased: using that region
 // Invariants: I1 a thread walks or leases only what its word announced before light_barrier(). I2 walking turns into
 // leased by
 //   one store, so that no instant shows neither. I3 a word returns to 0 with release after the last use.
@@ -41,18 +41,18 @@ using GuardWord = std::uint64_t;
 constexpr GuardWord idle_guard = 0;
 /// `width`: how many low bits the searched keys may differ in.
 constexpr GuardWord walking_guard(const MemoryRange& searched) noexcept {
-  const auto width = static_cast<std::uint64_t>(std::bit_width(searched.start ^ searched.last));
+  // A granule at least: lower bits are not kept, and a width that is never 0 needs no branch.
+  const auto width = static_cast<std::uint64_t>(std::bit_width((searched.start ^ searched.last) | (granule_bytes - 1)));
   return (searched.start & ~(granule_bytes - 1)) | (width << 1) | 1U;
 }
 constexpr GuardWord leased_guard(std::uint32_t index_number, RegionId id) noexcept {
-  return (std::uint64_t{id} << 32) | (std::uint64_t{index_number} << 8) | 2U;
+  return (std::uint64_t{index_number} << 32) | (std::uint64_t{id} << region_id_shift) | 2U;
 }
 constexpr bool is_walking(GuardWord w) noexcept { return (w & 1U) != 0; }
 /// The keys that a walking word may be about.
 constexpr MemoryRange walked_keys(GuardWord w) noexcept {
   const std::uint64_t key = w & RegionRecord::start_mask;
-  const std::uint64_t width = (w >> 1) & 63U;
-  const std::uint64_t block = width <= 12 ? granule_bytes : std::uint64_t{1} << width;
+  const std::uint64_t block = std::uint64_t{1} << ((w >> 1) & 63U);
   return {key & ~(block - 1), key | (block - 1)};
 }
 
@@ -91,6 +91,11 @@ class LeaseGuards {
 
   /// This thread's block, or null before attach(). Initial-exec: one load, also from a shared library.
   static ThreadGuards* current() noexcept { return current_; }
+  /// A word of this thread that no lease has, or null: none is left, or there is no block yet.
+  static std::atomic<GuardWord>* free_word() noexcept {
+    ThreadGuards* const guards = current();
+    return guards != nullptr ? guards->free_word() : nullptr;
+  }
   /// Gives this thread a block; it goes back when the thread ends. Null when threads_max threads have one: then
   /// leases are counted under the index's lock. May allocate (mmap), takes a lock.
   static ThreadGuards* attach() noexcept;

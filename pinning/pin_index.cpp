@@ -59,6 +59,13 @@ std::optional<Translation> PinIndex::translate_first(std::uint64_t key) noexcept
   return Translation{found.address, found.slot_last - key + 1, found.id(), found.access()};
 }
 
+std::uint64_t PinIndex::last_within(RegionId id, std::uint64_t last) const noexcept {
+  if (table_.find(last).id() == id) return last;
+  // It ends inside the range (or is being inserted or erased this moment): its record knows where.
+  const std::uint64_t region_last = records_.at(id).last();
+  return region_last < last ? region_last : last;
+}
+
 PinIndex::SlowLease PinIndex::acquire_without_guard(MemoryRange range, Access need, bool note_use) noexcept {
   if (!range.well_formed()) return {};
   if (LeaseGuards::current() == nullptr && LeaseGuards::attach() != nullptr) {
@@ -75,11 +82,11 @@ PinIndex::SlowLease PinIndex::acquire_without_guard(MemoryRange range, Access ne
 PinIndex::SlowLease PinIndex::acquire_counted(const MemoryRange& range, Access need, bool note_use) noexcept {
   const std::lock_guard held{lock_};
   const RadixTable::Found found = table_.find(range.start);
-  if (found.word == 0 || !includes(found.access(), need)) return {};
+  if (!found.allows(need)) return {};
   RegionRecord& record = records_.at(found.id());
   // relaxed: the lock orders it before any erase.
   record.holds.fetch_add(1, std::memory_order_relaxed);
-  if (note_use) RadixTable::mark_accessed(found);
+  if (note_use && !found.is_marked()) table_.mark_accessed(range.start, found.word);
   const std::uint64_t last = record.last() < range.last ? record.last() : range.last;
   return {true, nullptr, found.id(), found.address, last - range.start + 1};
 }
@@ -135,15 +142,16 @@ Result<RegionId> PinIndex::insert(const MemoryRange& range, Access access, PinHa
                       std::memory_order_relaxed);
   record.granules.store(static_cast<std::uint32_t>(range.length().value / granule_bytes), std::memory_order_relaxed);
   record.holds.store(0, std::memory_order_relaxed);
+  base::yield_point("pin.fill");
   record.handle = handle;
-  table_.write(range, id, access, handle.address);
+  table_.write(id);
   return id;
 }
 
 void PinIndex::erase(RegionId id) noexcept {
   const std::lock_guard held{lock_};
   RegionRecord& record = records_.at(id);
-  table_.erase(record.range());
+  table_.erase(id);
   record.set_state(RegionState::retired);
 }
 
@@ -153,7 +161,7 @@ bool PinIndex::restore(RegionId id) noexcept {
   const MemoryRange range = record.range();
   if (table_.first_in(range) != no_region || !table_.prepare(range)) return false;
   record.set_state(RegionState::live);
-  table_.write(range, id, record.access(), record.handle.address);
+  table_.write(id);
   return true;
 }
 
@@ -169,7 +177,7 @@ std::uint64_t PinIndex::find_users(std::span<const RegionId> erased, std::span<b
     for (std::size_t i = 0; i < erased.size(); ++i) {
       const std::uint64_t bit = std::uint64_t{1} << i;
       if (is_walking(w))
-        walked |= walked_keys(w).overlaps(records_.at(erased[i]).range()) ? bit : 0;
+        walked |= walked_keys(w).overlaps(records_.at(erased[i]).walked_range()) ? bit : 0;
       else
         used |= w == leased_guard(number_, erased[i]) ? bit : 0;
     }
@@ -191,7 +199,7 @@ void PinIndex::forget(RegionId id) noexcept {
 
 bool PinIndex::take_accessed(RegionId id) noexcept {
   const std::lock_guard held{lock_};
-  return table_.take_accessed(records_.at(id).range());
+  return table_.take_accessed(id);
 }
 
 std::optional<Region> PinIndex::first_in(const MemoryRange& range) noexcept {

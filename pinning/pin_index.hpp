@@ -79,37 +79,21 @@ class PinIndex {
   /// the range that region covers. Empty when there is none. Any thread.
   /// `note_use` false leaves no trace for the eviction policy: the first use after a miss is not a re-use.
   template <bool note_use = true>
-  Lease acquire(MemoryRange range, Access need) noexcept {
-    ThreadGuards* guards = LeaseGuards::current();
-    std::atomic<GuardWord>* free = guards == nullptr ? nullptr : guards->free_word();
-    if (free == nullptr || !range.well_formed()) [[unlikely]] {
+  [[gnu::always_inline]] Lease acquire(MemoryRange range, Access need) noexcept {
+    std::atomic<GuardWord>* const word = LeaseGuards::free_word();
+    if (word == nullptr || !range.well_formed()) [[unlikely]] {
       const SlowLease slow = acquire_without_guard(range, need, note_use);
       if (!slow.found) return {};
       return Lease{this, slow.word, slow.id, slow.address, slow.length};
     }
-    auto& word = *free;
-    // relaxed: ordered before the walk by light_barrier().
-    word.store(walking_guard(range), std::memory_order_relaxed);
-    base::light_barrier();
-    base::yield_point("pin.announced");
-    const RadixTable::Found found = table_.find(range.start);
-    if (!includes(found.access(), need) || found.word == 0) [[unlikely]] {
-      word.store(idle_guard, std::memory_order_release);  // R.guard
+    return acquire_by<note_use>(*word, range, need);
+  }
+  /// The same, but empty also when this thread has no guard word left: then acquire() takes a lock and counts.
+  [[gnu::always_inline]] Lease acquire_by_guard(MemoryRange range, Access need) noexcept {
+    std::atomic<GuardWord>* const word = LeaseGuards::free_word();
+    if (word == nullptr || !range.well_formed()) [[unlikely]]
       return {};
-    }
-    const RegionId id = found.id();
-    std::uint64_t last = range.last;
-    if (last > found.slot_last && table_.find(last).id() != id) [[unlikely]] {
-      // It ends inside the range (or is being inserted or erased this moment): its record knows where.
-      const std::uint64_t region_last = records_.at(id).last();
-      if (region_last < last) last = region_last;
-    }
-    base::yield_point("pin.found");
-    if constexpr (note_use) RadixTable::mark_accessed(found);
-    base::yield_point("pin.marked");
-    // R.walk - release, pairs with A.guard: our reads of the tables come before their reuse, which "leased" allows.
-    word.store(leased_guard(number_, id), std::memory_order_release);
-    return Lease{this, &word, id, found.address, last - range.start + 1};
+    return acquire_by<true>(*word, range, need);
   }
 
   /// The regions that cover parts of `range`, in order, clipped to it; gaps are what lies between them. Returns how
@@ -162,6 +146,32 @@ class PinIndex {
  private:
   friend class Lease;
   friend class Hold;
+  template <bool note_use>
+  [[gnu::always_inline]] Lease acquire_by(std::atomic<GuardWord>& word, MemoryRange range, Access need) noexcept {
+    // relaxed: ordered before the walk by light_barrier().
+    word.store(walking_guard(range), std::memory_order_relaxed);
+    base::light_barrier();
+    base::yield_point("pin.announced");
+    const RadixTable::Found found = table_.find(range.start);
+    if (!found.allows(need)) [[unlikely]] {
+      word.store(idle_guard, std::memory_order_release);  // R.guard
+      return {};
+    }
+    const RegionId id = found.id();
+    std::uint64_t last = range.last;
+    if (last > found.slot_last) [[unlikely]]
+      last = last_within(id, last);
+    base::yield_point("pin.found");
+    if constexpr (note_use)
+      if (!found.is_marked()) [[unlikely]]
+        table_.mark_accessed(range.start, found.word);
+    base::yield_point("pin.marked");
+    // R.walk - release, pairs with A.guard: our reads of the tables come before their reuse, which "leased" allows.
+    word.store(leased_guard(number_, id), std::memory_order_release);
+    return Lease{this, &word, id, found.address, last - range.start + 1};
+  }
+  /// `last`, or where the region ends before it. The caller's walking guard covers both.
+  std::uint64_t last_within(RegionId id, std::uint64_t last) const noexcept;
   std::optional<Translation> translate_first(std::uint64_t key) noexcept;
   /// What a lease is made of. Not a Lease: one that a function returns is built in memory, on the fast path too.
   struct SlowLease {
@@ -176,8 +186,8 @@ class PinIndex {
   void add_hold(RegionId id) noexcept;
   void drop_hold(RegionId id) noexcept;
 
-  RadixTable table_;
   RegionTable records_;
+  RadixTable table_{records_};
   std::uint32_t number_ = 0;
   /// One word that the kernel zeroes in a forked child.
   std::atomic<std::uint64_t>* alive_ = nullptr;

@@ -18,8 +18,10 @@ constexpr std::uint64_t group_mask = (std::uint64_t{1} << group_shift) - 1;
 constexpr std::size_t groups = std::size_t{1} << (RadixTable::top_shift - group_shift);
 constexpr std::size_t middle_bytes = RadixTable::level_slots[0] * sizeof(RadixTable::Slot) + granule_bytes;
 
-std::uint64_t& group_word(RadixTable::Slot* middle, std::uint64_t key) noexcept {
-  auto* words = reinterpret_cast<std::uint64_t*>(middle + RadixTable::level_slots[0]);
+// `slot` is the one for `key`.
+std::uint64_t& group_word(const RadixTable::Slot* slot, std::uint64_t key) noexcept {
+  const std::uint64_t at = (key >> RadixTable::level_shifts[0]) & (RadixTable::level_slots[0] - 1);
+  auto* words = reinterpret_cast<std::uint64_t*>(const_cast<RadixTable::Slot*>(slot) - at + RadixTable::level_slots[0]);
   return words[((key >> group_shift) & (groups - 1)) / 64];
 }
 constexpr std::uint64_t group_bit(std::uint64_t key) noexcept {
@@ -79,23 +81,47 @@ RadixTable::Slot* RadixTable::level0_slot(std::uint64_t key) const noexcept {
   return middle == nullptr ? nullptr : middle + ((key >> level_shifts[0]) & (level_slots[0] - 1));
 }
 
+RadixTable::Place RadixTable::lowest(std::uint64_t key) const noexcept {
+  Slot* slot = level0_slot(key);
+  // A.slot - acquire, pairs with R.table, for mark_accessed(); the writer reads what it wrote itself.
+  std::uint64_t word = slot->load(std::memory_order_acquire);
+  unsigned level = 0;
+  for (; is_table(word); word = slot->load(std::memory_order_acquire)) {  // A.slot
+    ++level;
+    slot = table_of(word) + ((key >> level_shifts[level]) & (level_slots[level] - 1));
+  }
+  return {slot, level, word};
+}
+
+void RadixTable::mark_accessed(std::uint64_t key, std::uint64_t word) const noexcept {
+  const Place place = lowest(key);  // its tables were there a moment ago, and the walking guard keeps them
+  // relaxed both: a hint. The exchange (rather than a store) keeps an erased slot erased.
+  if (place.word == word)
+    place.slot->compare_exchange_strong(word, word | accessed_bit, std::memory_order_relaxed,
+                                        std::memory_order_relaxed);
+}
+
 template <typename F>
 void RadixTable::for_each_slot(const MemoryRange& range, F&& f) const noexcept {
   std::uint64_t key = range.start;
   for (;;) {
-    Slot* slot = level0_slot(key);
-    unsigned level = 0;
-    while (!fills_block(range, key, level)) {
-      // relaxed: as in level0_slot(). prepare() made the table.
-      slot = table_of(slot->word.load(std::memory_order_relaxed));
-      ++level;
-      slot += (key >> level_shifts[level]) & (level_slots[level] - 1);
-    }
-    f(*slot, level, key);
-    const std::uint64_t slot_last = key | block_mask(level);
+    const Place place = lowest(key);
+    f(*place.slot, place.level, key);
+    const std::uint64_t slot_last = key | block_mask(place.level);
     if (slot_last >= range.last) return;
     key = slot_last + 1;
   }
+}
+
+std::uint64_t RadixTable::word_for(RegionId id, unsigned level, std::uint64_t key) const noexcept {
+  const RegionRecord& record = records_.at(id);
+  std::uint64_t frame = frame_in_record;
+  if (fills_block(record.range(), key, level)) {
+    const std::uint64_t address = record.handle.address + ((key & ~block_mask(level)) - record.start());
+    if (address % granule_bytes == 0 && address / granule_bytes < frame_in_record) frame = address / granule_bytes;
+  }
+  return (std::uint64_t{id} << id_shift) | (frame << frame_shift) |
+         (static_cast<std::uint64_t>(record.access()) << access_shift) | region_tag;
 }
 
 RegionId RadixTable::first_in(const MemoryRange& asked) const noexcept {
@@ -106,18 +132,14 @@ RegionId RadixTable::first_in(const MemoryRange& asked) const noexcept {
   std::uint64_t key = range.start;
   for (;;) {
     std::uint64_t skip_mask = (std::uint64_t{1} << top_shift) - 1;
-    Slot* middle = top_[key >> top_shift].load(std::memory_order_relaxed);  // relaxed: as in level0_slot()
+    const Slot* middle = level0_slot(key);
     if (middle != nullptr && (group_word(middle, key) & group_bit(key)) == 0) {
       skip_mask = group_mask;
     } else if (middle != nullptr) {
-      const Slot* slot = middle + ((key >> level_shifts[0]) & (level_slots[0] - 1));
-      for (unsigned level = 0;; ++level) {
-        skip_mask = block_mask(level);
-        const std::uint64_t word = slot->word.load(std::memory_order_relaxed);  // relaxed: as in level0_slot()
-        if ((word & region_tag) != 0) return static_cast<RegionId>(word >> 32);
-        if (word == 0) break;
-        slot = table_of(word) + ((key >> level_shifts[level + 1]) & (level_slots[level + 1] - 1));
-      }
+      const Place place = lowest(key);
+      if ((place.word & region_tag) != 0 && records_.at(id_of(place.word)).range().overlaps({key, range.last}))
+        return id_of(place.word);
+      skip_mask = block_mask(place.level);
     }
     const std::uint64_t skipped_last = key | skip_mask;
     if (skipped_last >= range.last) return no_region;
@@ -125,28 +147,40 @@ RegionId RadixTable::first_in(const MemoryRange& asked) const noexcept {
   }
 }
 
-bool RadixTable::ensure_child(Slot& slot, unsigned child_level) noexcept {
-  if (slot.word.load(std::memory_order_relaxed) != 0) return true;  // relaxed: as in level0_slot()
-  void* memory = (child_level == 1 ? coarse_tables_ : fine_tables_).take();
+// A region stood alone in the block of `slot`, which it does not fill, and gets company: a table takes its place.
+bool RadixTable::split(Slot& slot, unsigned level, std::uint64_t key) noexcept {
+  void* memory = (level == 0 ? coarse_tables_ : fine_tables_).take();
   if (memory == nullptr) return false;
-  static_assert(sizeof(Slot) * level_slots[1] == 512 && sizeof(Slot) * level_slots[2] == 256);
+  static_assert(sizeof(Slot) * level_slots[1] == 256 && sizeof(Slot) * level_slots[2] == 128);
   auto* table = static_cast<Slot*>(memory);
   // relaxed: nobody sees the table yet. Words of a reused table are 0 already; its link words are not.
-  table[0].word.store(0, std::memory_order_relaxed);
-  slot.address.store(0, std::memory_order_relaxed);
-  // R.table - release, pairs with A.slot: the child's zeroes are visible before it is.
-  slot.word.store(reinterpret_cast<std::uint64_t>(table), std::memory_order_release);
+  table[0].store(0, std::memory_order_relaxed);
+  table[1].store(0, std::memory_order_relaxed);
+  const std::uint64_t word = slot.load(std::memory_order_relaxed);  // relaxed: as in level0_slot()
+  const RegionId id = id_of(word);
+  const std::uint64_t first = key & ~block_mask(level);
+  const MemoryRange part = records_.at(id).range().common({first, first | block_mask(level)});
+  for (std::uint64_t at = part.start;;) {
+    // relaxed: as above. A mark that is set right now may be lost: it is a hint.
+    table[(at >> level_shifts[level + 1]) & (level_slots[level + 1] - 1)].store(
+        word_for(id, level + 1, at) | (word & accessed_bit), std::memory_order_relaxed);
+    const std::uint64_t slot_last = at | block_mask(level + 1);
+    if (slot_last >= part.last) break;
+    at = slot_last + 1;
+  }
+  base::yield_point("pin.split");
+  // R.table - release, pairs with A.slot: the table is complete before it is seen.
+  slot.store(reinterpret_cast<std::uint64_t>(table) | table_tag, std::memory_order_release);
   return true;
 }
 
-bool RadixTable::prepare_edge(const MemoryRange& range, std::uint64_t key) noexcept {
-  Slot* slot = level0_slot(key);
-  for (unsigned level = 0; !fills_block(range, key, level); ++level) {
-    if (!ensure_child(*slot, level + 1)) return false;
-    slot = table_of(slot->word.load(std::memory_order_relaxed)) +  // relaxed: as in level0_slot()
-           ((key >> level_shifts[level + 1]) & (level_slots[level + 1] - 1));
+// At an end of a range that is to be written: makes the slot for it.
+bool RadixTable::prepare_edge(std::uint64_t key) noexcept {
+  for (;;) {
+    const Place place = lowest(key);
+    if (place.word == 0) return true;
+    if (!split(*place.slot, place.level, key)) return false;
   }
-  return true;
 }
 
 Result<void> RadixTable::prepare(const MemoryRange& range) noexcept {
@@ -167,22 +201,19 @@ Result<void> RadixTable::prepare(const MemoryRange& range) noexcept {
     if (t > top_last_) top_last_ = t;
   }
   // Only the two ends can be ragged: every block between them is filled.
-  if (ok && prepare_edge(range, range.start) && prepare_edge(range, range.last)) return {};
-  if (ok) {
-    prune(range.start);
-    prune(range.last);
-  }
+  if (ok && prepare_edge(range.start) && prepare_edge(range.last)) return {};
   return base::fail(Errc::out_of_memory, Stage::publish, ENOMEM,
                     "the pin index could not get memory for the tables of one more region");
 }
 
 void RadixTable::unlink(Slot& parent, std::uint64_t first_key, unsigned child_level) noexcept {
-  Slot* table = table_of(parent.word.load(std::memory_order_relaxed));  // relaxed: as in level0_slot()
-  // relaxed: readers that still walk the table find zeroes; reclaim() waits for them by their guards.
-  parent.word.store(0, std::memory_order_relaxed);
+  Slot* table = table_of(parent.load(std::memory_order_relaxed));  // relaxed: as in level0_slot()
+  // relaxed: readers that still walk the table find nothing; reclaim() waits for them by their guards.
+  parent.store(0, std::memory_order_relaxed);
   base::yield_point("pin.unlink");
-  table[0].address.store(reinterpret_cast<std::uint64_t>(limbo_), std::memory_order_relaxed);
-  table[1].address.store(first_key | child_level, std::memory_order_relaxed);
+  // relaxed: link words mean nothing to a reader, as their low bits are 00.
+  table[0].store(reinterpret_cast<std::uint64_t>(limbo_), std::memory_order_relaxed);
+  table[1].store(first_key | (child_level << 2), std::memory_order_relaxed);
   limbo_ = table;
 }
 
@@ -193,56 +224,56 @@ void RadixTable::prune(std::uint64_t key) noexcept {
   if (slot == nullptr) return;
   unsigned depth = 0;
   for (; depth < 2; ++depth) {
-    const std::uint64_t word = slot->word.load(std::memory_order_relaxed);  // relaxed: as in level0_slot()
-    if (word == 0 || (word & region_tag) != 0) break;
+    const std::uint64_t word = slot->load(std::memory_order_relaxed);  // relaxed: as in level0_slot()
+    if (!is_table(word)) break;
     path[depth] = slot;
     slot = table_of(word) + ((key >> level_shifts[depth + 1]) & (level_slots[depth + 1] - 1));
   }
   while (depth > 0) {
     --depth;
     // relaxed: as in level0_slot().
-    const Slot* table = table_of(path[depth]->word.load(std::memory_order_relaxed));
+    const Slot* table = table_of(path[depth]->load(std::memory_order_relaxed));
     std::uint64_t used = 0;
     for (std::uint64_t i = 0; i < level_slots[depth + 1]; ++i)
-      used += table[i].word.load(std::memory_order_relaxed) != 0 ? 1U : 0U;
+      used += table[i].load(std::memory_order_relaxed) != 0 ? 1U : 0U;
     if (used != 0) return;
     unlink(*path[depth], key & ~block_mask(depth), depth + 1);
   }
 }
 
-void RadixTable::write(const MemoryRange& range, RegionId id, Access access, std::uint64_t address) noexcept {
-  const std::uint64_t word =
-      (std::uint64_t{id} << 32) | (static_cast<std::uint64_t>(access) << access_shift) | region_tag;
+void RadixTable::write(RegionId id) noexcept {
+  RegionRecord& record = records_.at(id);
+  const MemoryRange range = record.range();
   for (std::uint64_t group = range.start >> group_shift; group <= range.last >> group_shift; ++group) {
     const std::uint64_t key = group << group_shift;
     // relaxed: as in level0_slot().
-    group_word(top_[key >> top_shift].load(std::memory_order_relaxed), key) |= group_bit(key);
+    group_word(level0_slot(key), key) |= group_bit(key);
   }
-  for_each_slot(range, [&](Slot& slot, unsigned, std::uint64_t key) {
-    // R.address - release, pairs with A.address: the 0 that this slot held before is visible with the new address.
-    slot.address.store(address + (key - range.start), std::memory_order_release);
+  for_each_slot(range, [&](Slot& slot, unsigned level, std::uint64_t key) {
+    if (!fills_block(range, key, level)) record.widen_reach(level_shifts[level]);  // I2
     base::yield_point("pin.publish");
-    // R.slot - release, pairs with A.slot: address and record are visible before the region is.
-    slot.word.store(word, std::memory_order_release);
+    // R.slot - release, pairs with A.slot: the record is visible before the region is.
+    slot.store(word_for(id, level, key), std::memory_order_release);
   });
 }
 
-void RadixTable::erase(const MemoryRange& range) noexcept {
+void RadixTable::erase(RegionId id) noexcept {
+  const MemoryRange range = records_.at(id).range();
   for_each_slot(range, [](Slot& slot, unsigned, std::uint64_t) {
     // relaxed: the reclaimer's barrier orders this store before its look at the guards.
-    slot.word.store(0, std::memory_order_relaxed);
+    slot.store(0, std::memory_order_relaxed);
     base::yield_point("pin.erase");
   });
   prune(range.start);
   if ((range.start >> level_shifts[1]) != (range.last >> level_shifts[1])) prune(range.last);
 }
 
-bool RadixTable::take_accessed(const MemoryRange& range) noexcept {
+bool RadixTable::take_accessed(RegionId id) noexcept {
   bool accessed = false;
-  for_each_slot(range, [&](Slot& slot, unsigned, std::uint64_t) {
+  for_each_slot(records_.at(id).range(), [&](Slot& slot, unsigned, std::uint64_t) {
     // relaxed: a hint. Only marks are set beside us, so a plain test avoids most writes.
-    if ((slot.word.load(std::memory_order_relaxed) & accessed_bit) == 0) return;
-    slot.word.fetch_and(~accessed_bit, std::memory_order_relaxed);
+    if ((slot.load(std::memory_order_relaxed) & accessed_bit) == 0) return;
+    slot.fetch_and(~accessed_bit, std::memory_order_relaxed);
     accessed = true;
   });
   return accessed;
@@ -254,14 +285,15 @@ void RadixTable::reclaim() noexcept {
   while (waiting != nullptr) {
     Slot* table = waiting;
     // relaxed: link words are the writer's own.
-    waiting = table_of(table[0].address.load(std::memory_order_relaxed));
-    const std::uint64_t tag = table[1].address.load(std::memory_order_relaxed);
-    const auto level = static_cast<unsigned>(tag & 3U);
-    const MemoryRange keys{tag & ~std::uint64_t{3}, (tag & ~std::uint64_t{3}) | block_mask(level - 1)};
+    waiting = reinterpret_cast<Slot*>(table[0].load(std::memory_order_relaxed));
+    const std::uint64_t tag = table[1].load(std::memory_order_relaxed);
+    const auto level = static_cast<unsigned>((tag >> 2) & 3U);
+    const std::uint64_t first = tag & ~block_mask(2);
+    const MemoryRange keys{first, first | block_mask(level - 1)};
     bool walked = false;
     LeaseGuards::for_each_busy([&](GuardWord w) { walked |= is_walking(w) && walked_keys(w).overlaps(keys); });
     if (walked) {
-      table[0].address.store(reinterpret_cast<std::uint64_t>(limbo_), std::memory_order_relaxed);
+      table[0].store(reinterpret_cast<std::uint64_t>(limbo_), std::memory_order_relaxed);
       limbo_ = table;
     } else {
       (level == 1 ? coarse_tables_ : fine_tables_).put(table);

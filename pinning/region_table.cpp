@@ -20,9 +20,11 @@ RegionId RegionTable::take() noexcept {
     const std::uint32_t slab = id >> slab_shift;
     if (slab >= slabs_max) return no_region;
     if (slab >= slabs_used_) {
-      void* memory = map_zeroed(slab_records * sizeof(RegionRecord), granule_bytes, false);
+      // A small cache pays for the pages of its records only; a large one profits from huge pages.
+      const bool huge = slab != 0;
+      void* memory = map_zeroed(slab_records * sizeof(RegionRecord), huge ? huge_page_bytes : granule_bytes, huge);
       if (memory == nullptr) return no_region;
-      // Zeroes are what a fresh RegionRecord holds; constructing 16,384 of them would make their memory resident.
+      // Zeroes are what a fresh RegionRecord holds; constructing 65,536 of them would make their memory resident.
       // relaxed: see at().
       slabs_[slab].store(static_cast<RegionRecord*>(memory), std::memory_order_relaxed);
       slabs_used_ = slab + 1;

@@ -13,9 +13,9 @@ namespace iovane::pinning {
 /// by anyone who may use the id (a guard, a hold, the writer).
 class RegionTable {
  public:
-  static constexpr unsigned slab_shift = 14;  // 16,384 records of 40 bytes: 640 KiB
+  static constexpr unsigned slab_shift = 16;  // 65,536 records of 40 bytes: 2.5 MiB
   static constexpr std::uint32_t slab_records = 1U << slab_shift;
-  static constexpr std::uint32_t slabs_max = 4096;
+  static constexpr std::uint32_t slabs_max = 1U << (region_id_bits - slab_shift);
   static constexpr std::uint32_t regions_max = slabs_max * slab_records - 1;
 
   RegionTable() noexcept = default;

@@ -6,6 +6,8 @@
 
 namespace iovane::pinning {
 
+inline constexpr std::size_t huge_page_bytes = 2 * 1024 * 1024;
+
 /// Anonymous zeroed memory of a whole number of OS pages, or null. `huge` asks for transparent huge pages.
 void* map_zeroed(std::size_t bytes, std::size_t alignment, bool huge) noexcept;
 void unmap(void* memory, std::size_t bytes) noexcept;
@@ -30,7 +32,7 @@ class SlabArena {
 
  private:
   static constexpr std::size_t chunk_bytes_first = 64 * 1024;
-  static constexpr std::size_t chunk_bytes = 2 * 1024 * 1024;
+  static constexpr std::size_t chunk_bytes = huge_page_bytes;
   static constexpr std::size_t header_bytes = 16;  // at a chunk's start: the previous chunk and its size
 
   struct ChunkHeader {

@@ -34,7 +34,8 @@ Result<Userfaultfd> Userfaultfd::open(bool need_fork_events) noexcept {
   // Not UFFD_USER_MODE_ONLY: kernel faults (a pin's, for one) must be reported too, and events need full rights.
   base::UniqueFd fd{static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK))};
   int error = errno;
-  if (!fd && (error == EPERM || error == EACCES)) {
+  // ENOSYS is also what some containers' filters say; the device is another way in (Linux 6.1).
+  if (!fd && (error == EPERM || error == EACCES || error == ENOSYS)) {
     if (const base::UniqueFd device{::open("/dev/userfaultfd", O_RDWR | O_CLOEXEC)}; device) {
       fd = base::UniqueFd{ioctl(device.get(), ioctl_new, O_CLOEXEC | O_NONBLOCK)};
       error = errno;

@@ -28,9 +28,10 @@ bool same(const MemoryRange& a, const MemoryRange& b) noexcept {
 
 /// The staged address agrees with the memory's modulo the largest IOPTE that could cover a part of it.
 std::uint64_t congruence(Bytes length, Bytes granule) noexcept {
-  constexpr std::uint64_t two_mib = 2ULL << 20;
-  if (length.value >= chunk_bytes) return chunk_bytes;
-  return length.value >= two_mib ? two_mib : granule.value;
+  // 64 KiB and 32 MiB are what Arm's contiguous hint makes of pages and of blocks.
+  for (const unsigned shift : {30U, 25U, 21U, 16U})
+    if (length.value >> shift != 0) return std::max(std::uint64_t{1} << shift, granule.value);
+  return granule.value;
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "backends/model/event_queue.hpp"
 #include "backends/model/simulated_device.hpp"
 
 namespace iovane::backends::model {
@@ -17,11 +18,13 @@ Domain::Domain(const IommuOptions& iommu, std::shared_ptr<FaultQueue> faults) no
 
 Domain::Domain(const IommuOptions& iommu, const TceWindows& windows) noexcept : Domain(iommu) { windows_ = &windows; }
 
-Domain::Domain(const IommuOptions& iommu, Domain& parent, const FirstStage& first_stage)
+Domain::Domain(const IommuOptions& iommu, Domain& parent, const FirstStage& first_stage,
+               std::shared_ptr<EventPort> events)
     : iommu_{iommu},
       table_{levels_for(iommu.address_bits), iommu.page_sizes},
       parent_{&parent},
-      first_stage_{first_stage} {
+      first_stage_{first_stage},
+      events_{std::move(events)} {
   parent.nested_.push_back(this);
 }
 
@@ -30,8 +33,7 @@ Domain::~Domain() {
 }
 
 IovaRange Domain::aperture() const noexcept {
-  if (windows_ != nullptr) return IovaRange::everything();
-  if (parent_ != nullptr) return {Iova{0}, first_stage_.last_address(parent_->table_)};
+  if (windows_ != nullptr || parent_ != nullptr) return IovaRange::everything();  // the walk says
   return {Iova{0}, Iova{(std::uint64_t{1} << iommu_.address_bits) - 1}};
 }
 

@@ -22,6 +22,7 @@
 
 namespace iovane::backends::model {
 
+class EventPort;
 class FaultQueue;
 class SimulatedDevice;
 
@@ -32,7 +33,8 @@ class Domain {
   /// Devices translate through sPAPR windows, which outlive it; its own table stays empty.
   Domain(const IommuOptions& iommu, const TceWindows& windows) noexcept;
   /// A first stage, written by whoever owns it, on top of `parent`, which outlives it. Its own table stays empty.
-  Domain(const IommuOptions& iommu, Domain& parent, const FirstStage& first_stage);
+  /// `events`: where its faults are recorded; null: nowhere.
+  Domain(const IommuOptions& iommu, Domain& parent, const FirstStage& first_stage, std::shared_ptr<EventPort> events);
   ~Domain();
   Domain(const Domain&) = delete;
   Domain& operator=(const Domain&) = delete;
@@ -74,13 +76,16 @@ class Domain {
     // E.epoch - pairs with invalidate(), see above.
     epoch_.fetch_add(1, std::memory_order_acq_rel);
   }
-  /// `remembered`: a level-0 table of a first stage that the device knows for this address, or null; comes back as what
-  /// this walk used.
-  Translation walk(Iova address, const std::byte*& remembered) const noexcept {
-    if (parent_ != nullptr) return first_stage_.walk(parent_->table_, address, remembered);
+  /// `known`: what the device remembers of a first stage for this address; comes back as what this walk used.
+  Translation walk(Iova address, FirstStage::Walk& known) const noexcept {
+    if (parent_ != nullptr) return first_stage_.walk(parent_->table_, address, known);
     return windows_ == nullptr ? table_.walk(address) : windows_->walk(address);
   }
+  /// The second stage alone, of a nested domain.
+  Translation walk_parent(Iova address) const noexcept { return parent_->table_.walk(address); }
   bool nested() const noexcept { return parent_ != nullptr; }
+  const FirstStage& first_stage() const noexcept { return first_stage_; }
+  EventPort* events() const noexcept { return events_.get(); }
   /// The number that tags a nested domain's translations, as its context says now.
   std::uint16_t asid() const noexcept { return first_stage_.asid(parent_->table_); }
   const PageTable& table() const noexcept { return table_; }
@@ -93,6 +98,7 @@ class Domain {
   const TceWindows* windows_ = nullptr;
   Domain* const parent_ = nullptr;
   const FirstStage first_stage_{};
+  const std::shared_ptr<EventPort> events_;
   std::vector<Domain*> nested_;
   std::vector<SimulatedDevice*> devices_;
   std::atomic<std::uint64_t> epoch_{0};

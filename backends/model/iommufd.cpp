@@ -45,6 +45,7 @@ long IommufdFile::ioctl(unsigned long request, std::uint64_t argument) noexcept 
     case uapi_fd::HwptInvalidate::request: return hwpt_invalidate(argument);
     case uapi_fd::ViommuAlloc::request: return viommu_alloc(argument);
     case uapi_fd::VdeviceAlloc::request: return vdevice_alloc(argument);
+    case uapi_fd::VeventqAlloc::request: return veventq_alloc(argument);
     case uapi_fd::FaultQueueAlloc::request: return fault_queue_alloc(argument);
     case uapi_fd::HwptSetDirtyTracking::request: return set_dirty_tracking(argument);
     case uapi_fd::HwptGetDirtyBitmap::request: return get_dirty_bitmap(argument);
@@ -65,6 +66,9 @@ void IommufdFile::release() noexcept {
   };
   each([this](std::uint32_t id) {
     if (Hwpt* const hwpt = find<Hwpt>(id); hwpt != nullptr && hwpt->parent != nullptr) destroy_hwpt(*hwpt);
+  });
+  each([this](std::uint32_t id) {
+    if (Events* const events = find<Events>(id); events != nullptr) destroy_events(*events);
   });
   each([this](std::uint32_t id) {
     if (Viommu* const viommu = find<Viommu>(id); viommu != nullptr) destroy_viommu(*viommu);
@@ -182,6 +186,12 @@ int IommufdFile::destroy_locked(std::uint32_t id) noexcept {
       auto& viommu = static_cast<Viommu&>(*it->second);
       if (viommu.users > 0) return -EBUSY;
       destroy_viommu(viommu);
+      return 0;
+    }
+    case Kind::events: {
+      auto& events = static_cast<Events&>(*it->second);
+      if (events.queue->is_open()) return -EBUSY;  // its descriptor holds it
+      destroy_events(events);
       return 0;
     }
     case Kind::vdevice: destroy_vdevice(static_cast<Vdevice&>(*it->second)); return 0;

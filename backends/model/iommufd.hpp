@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "backends/model/argument.hpp"
+#include "backends/model/event_queue.hpp"
 #include "backends/model/fault_queue.hpp"
 #include "backends/model/file.hpp"
 #include "backends/model/host.hpp"
@@ -45,7 +46,7 @@ class IommufdFile final : public File {
   void add_usage(SpaceUsage& usage, std::size_t& areas, std::size_t& objects) const;
 
  private:
-  enum class Kind : std::uint8_t { ioas, hwpt, device, faults, viommu, vdevice };
+  enum class Kind : std::uint8_t { ioas, hwpt, device, faults, viommu, vdevice, events };
   struct Object {
     Kind kind;
     std::uint32_t id = 0;
@@ -66,10 +67,11 @@ class IommufdFile final : public File {
     Hwpt(IoasObject& o, const SimulatedDevice& like, std::shared_ptr<FaultQueue> queue) noexcept
         : Object{Kind::hwpt}, ioas{o}, domain{like.iommu(), std::move(queue)}, iommu{like.options().iommu} {}
     /// A first stage on `p`, through `v` where the architecture has vIOMMUs.
-    Hwpt(Hwpt& p, Viommu* v, const SimulatedDevice& like, const FirstStage& first_stage)
+    Hwpt(Hwpt& p, Viommu* v, const SimulatedDevice& like, const FirstStage& first_stage,
+         std::shared_ptr<EventPort> events)
         : Object{Kind::hwpt},
           ioas{p.ioas},
-          domain{like.iommu(), p.domain, first_stage},
+          domain{like.iommu(), p.domain, first_stage, std::move(events)},
           parent{&p},
           viommu{v},
           iommu{like.options().iommu} {}
@@ -91,10 +93,17 @@ class IommufdFile final : public File {
   };
   struct Viommu final : Object {
     static constexpr Kind kind_of = Kind::viommu;
-    Viommu(Hwpt& p, std::size_t unit) noexcept : Object{Kind::viommu}, parent{p}, iommu{unit} {}
+    Viommu(Hwpt& p, std::size_t unit) : Object{Kind::viommu}, parent{p}, iommu{unit} {}
     Hwpt& parent;
     std::size_t iommu;
-    unsigned users = 0;  // nested tables and vDEVICEs
+    unsigned users = 0;  // nested tables, vDEVICEs and event queues
+    const std::shared_ptr<EventPort> events = std::make_shared<EventPort>();
+  };
+  struct Events final : Object {
+    static constexpr Kind kind_of = Kind::events;
+    Events(Viommu& v, std::shared_ptr<EventQueue> q) noexcept : Object{Kind::events}, viommu{v}, queue{std::move(q)} {}
+    Viommu& viommu;
+    std::shared_ptr<EventQueue> queue;
   };
   struct BoundDevice;
   struct Vdevice final : Object {
@@ -140,11 +149,13 @@ class IommufdFile final : public File {
   int nested_hwpt_alloc(uapi::iommufd::HwptAlloc& command, BoundDevice& device) noexcept;
   long viommu_alloc(std::uint64_t argument) noexcept;
   long vdevice_alloc(std::uint64_t argument) noexcept;
+  long veventq_alloc(std::uint64_t argument) noexcept;
   long hwpt_invalidate(std::uint64_t argument) noexcept;
   int invalidate_smmuv3(const Viommu& viommu, const uapi::iommufd::ViommuArmSmmuv3Invalidate& entry) noexcept;
   int invalidate_vtd(Hwpt& hwpt, const uapi::iommufd::HwptVtdS1Invalidate& entry) noexcept;
   void destroy_viommu(Viommu& viommu) noexcept;
   void destroy_vdevice(Vdevice& vdevice) noexcept;
+  void destroy_events(Events& events) noexcept;
   long fault_queue_alloc(std::uint64_t argument) noexcept;
   long set_dirty_tracking(std::uint64_t argument) noexcept;
   long get_dirty_bitmap(std::uint64_t argument) noexcept;
@@ -169,6 +180,7 @@ class IommufdFile final : public File {
   int attach_to_ioas(BoundDevice& device, IoasObject& ioas) noexcept;
   int change_to(BoundDevice& device, Hwpt& hwpt) noexcept;
   void destroy_hwpt(Hwpt& hwpt) noexcept;
+  static bool lacks_vdevice(const BoundDevice& device, const Hwpt& hwpt) noexcept;
   int attach_to(BoundDevice& device, Hwpt& hwpt) noexcept;
   int replace(BoundDevice& device, Hwpt& hwpt) noexcept;
   void detach_from(BoundDevice& device) noexcept;

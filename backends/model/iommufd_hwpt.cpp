@@ -113,7 +113,14 @@ int IommufdFile::attach_to_ioas(BoundDevice& device, IoasObject& ioas) noexcept 
   return 0;
 }
 
+// A first stage that translates needs to know the device by the guest's name for it.
+bool IommufdFile::lacks_vdevice(const BoundDevice& device, const Hwpt& hwpt) noexcept {
+  return hwpt.viommu != nullptr && hwpt.domain.first_stage().translates() &&
+         (device.vdevice == nullptr || &device.vdevice->viommu != hwpt.viommu);
+}
+
 int IommufdFile::attach_to(BoundDevice& device, Hwpt& hwpt) noexcept {
+  if (lacks_vdevice(device, hwpt)) return -ENOENT;
   Hwpt* const others = hwpt_of(device.group);
   if (others != nullptr && others != &hwpt) return -EINVAL;
   Ioas& ioas = hwpt.ioas.ioas;
@@ -141,6 +148,7 @@ int IommufdFile::attach_to(BoundDevice& device, Hwpt& hwpt) noexcept {
 int IommufdFile::replace(BoundDevice& device, Hwpt& hwpt) noexcept {
   Hwpt& old = *device.hwpt;
   if (&old == &hwpt) return 0;
+  if (lacks_vdevice(device, hwpt)) return -ENOENT;
   const bool other_ioas = &old.ioas != &hwpt.ioas;
   Ioas& to = hwpt.ioas.ioas;
   if (hwpt.iommu != device.device.options().iommu || (hwpt.dirty_enforced && !device.device.iommu().dirty_tracking)) {

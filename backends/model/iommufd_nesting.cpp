@@ -17,7 +17,7 @@ namespace {
 // The bits of a stream table entry that user space may say, Linux's STRTAB_STE_*_NESTING_ALLOWED.
 constexpr std::uint64_t ste_allowed_0 = 1 | 7U << 1 | 3U << 4 | 0x000f'ffff'ffff'ffc0 | std::uint64_t{31} << 59;
 constexpr std::uint64_t ste_allowed_1 = 3U | 3U << 2 | 3U << 4 | 3U << 6 | 1U << 27 | 3U << 28;
-constexpr std::uint64_t ste_translate = 5;
+constexpr std::uint64_t ste_translate = 5, ste_bypass = 4, ste_abort = 0;
 
 }  // namespace
 
@@ -34,10 +34,13 @@ int IommufdFile::nested_hwpt_alloc(uapi_fd::HwptAlloc& c, BoundDevice& device) n
     uapi_fd::HwptArmSmmuv3 data;
     if (c.data_len < sizeof data) return -EINVAL;
     std::memcpy(&data, bytes_at(c.data_uptr), sizeof data);
+    if ((data.ste[0] & 1) == 0) data = {};  // not valid: aborts, whatever else it says
     if ((data.ste[0] & ~ste_allowed_0) != 0 || (data.ste[1] & ~ste_allowed_1) != 0) return -EIO;
-    // Bypass and abort exist too; nobody here asks for them.
-    if ((data.ste[0] & 1) == 0 || (data.ste[0] >> 1 & 7) != ste_translate) return -EIO;
-    first_stage = FirstStage::smmuv3(data.ste[0] & 0x000f'ffff'ffff'ffc0);
+    const std::uint64_t config = data.ste[0] >> 1 & 7;
+    if (config != ste_translate && config != ste_bypass && config != ste_abort) return -EIO;
+    // Translation requests of the device (EATS) are all or nothing.
+    if ((data.ste[1] >> 28 & 3) > 1) return -EIO;
+    first_stage = FirstStage::smmuv3(data.ste[0], data.ste[1]);
   } else if (viommu == nullptr && nesting == Nesting::vtd) {
     if (c.data_type != uapi_fd::hwpt_data_vtd_s1) return -EOPNOTSUPP;
     uapi_fd::HwptVtdS1 data;
@@ -53,7 +56,8 @@ int IommufdFile::nested_hwpt_alloc(uapi_fd::HwptAlloc& c, BoundDevice& device) n
     std::unique_ptr<Hwpt> object;
     {
       const std::lock_guard owner{parent->ioas.ioas.mutex()};
-      object = std::make_unique<Hwpt>(*parent, viommu, device.device, first_stage);
+      object = std::make_unique<Hwpt>(*parent, viommu, device.device, first_stage,
+                                      viommu != nullptr ? viommu->events : nullptr);
     }
     const int id = add(std::move(object));
     if (id < 0) return id;
@@ -81,8 +85,13 @@ long IommufdFile::viommu_alloc(std::uint64_t argument) noexcept {
   Hwpt* const parent = find<Hwpt>(c.hwpt_id);
   if (parent == nullptr) return -ENOENT;
   if (!parent->nest_parent || parent->iommu != device->device.options().iommu) return -EINVAL;
-  std::unique_ptr<Object> object{new (std::nothrow) Viommu{*parent, parent->iommu}};
-  const int id = object == nullptr ? -ENOMEM : add(std::move(object));
+  std::unique_ptr<Object> object;
+  try {
+    object = std::make_unique<Viommu>(*parent, parent->iommu);
+  } catch (const std::bad_alloc&) {
+    return -ENOMEM;
+  }
+  const int id = add(std::move(object));
   if (id < 0) return id;
   ++parent->users;
   c.out_viommu_id = static_cast<std::uint32_t>(id);
@@ -117,6 +126,7 @@ long IommufdFile::vdevice_alloc(std::uint64_t argument) noexcept {
   if (id < 0) return id;
   ++viommu->users;
   device->vdevice = vdevice;
+  device->device.set_virtual_id(c.virt_id);
   c.out_vdevice_id = static_cast<std::uint32_t>(id);
   a.respond();
   return 0;
@@ -124,20 +134,86 @@ long IommufdFile::vdevice_alloc(std::uint64_t argument) noexcept {
 
 void IommufdFile::destroy_vdevice(Vdevice& vdevice) noexcept {
   vdevice.device.vdevice = nullptr;
+  vdevice.device.device.set_virtual_id(std::nullopt);
   --vdevice.viommu.users;
   objects_.erase(vdevice.id);
+}
+
+// The queue and, in the same call, a descriptor for it.
+long IommufdFile::veventq_alloc(std::uint64_t argument) noexcept {
+  if (!host_.options.viommu || !host_.options.event_queues) return -ENOTTY;
+  IommufdArgument<uapi_fd::VeventqAlloc> a;
+  if (const int rc = a.read(argument, IOVANE_UP_TO(uapi_fd::VeventqAlloc, reserved), a); rc != 0) return rc;
+  uapi_fd::VeventqAlloc& c = a.command;
+  if (c.flags != 0 || c.reserved != 0 || c.type == uapi_fd::veventq_type_default) return -EOPNOTSUPP;
+  if (c.veventq_depth == 0 || c.veventq_depth > 1U << 19) return -EINVAL;
+  const std::lock_guard lock{mutex_};
+  Viommu* const viommu = find<Viommu>(c.viommu_id);
+  if (viommu == nullptr) return -ENOENT;
+  for (const auto& [id, object] : objects_)
+    if (object->kind == Kind::events && &static_cast<const Events&>(*object).viommu == viommu) return -EEXIST;
+  try {
+    auto queue = std::make_shared<EventQueue>(c.veventq_depth);
+    auto* const file = host_.files.make<EventQueueFile>();
+    if (file == nullptr) return -ENOMEM;
+    const int id = add(std::make_unique<Events>(*viommu, queue));
+    if (id < 0) {
+      host_.files.discard(file);
+      return id;
+    }
+    file->open(queue);
+    const int fd = host_.files.install(file);
+    if (fd < 0) {
+      file->release();
+      host_.files.discard(file);
+      objects_.erase(static_cast<std::uint32_t>(id));
+      return fd;
+    }
+    ++viommu->users;
+    viommu->events->connect(std::move(queue));
+    c.out_veventq_id = static_cast<std::uint32_t>(id);
+    c.out_veventq_fd = static_cast<std::uint32_t>(fd);
+    a.respond();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return -ENOMEM;
+  }
+}
+
+void IommufdFile::destroy_events(Events& events) noexcept {
+  events.viommu.events->connect(nullptr);
+  --events.viommu.users;
+  objects_.erase(events.id);
 }
 
 // One command of the SMMUv3's queue, as hardware that tags its caches by ASID carries it out.
 int IommufdFile::invalidate_smmuv3(const Viommu& viommu, const uapi_fd::ViommuArmSmmuv3Invalidate& entry) noexcept {
   const std::uint64_t operation = entry.cmd[0] & 0xff;
+  bool any_asid = operation == 0x10 || operation == 0x30;
   const auto asid = static_cast<std::uint16_t>(entry.cmd[0] >> 48);
   IovaRange range = IovaRange::everything();
   bool tables = true;
   switch (operation) {
-    case 0x10: break;  // NH_ALL
-    case 0x11: break;  // NH_ASID
-    case 0x12: {       // NH_VA
+    case 0x05:    // CFGI_CD
+    case 0x06:    // CFGI_CD_ALL
+    case 0x40: {  // ATC_INV; devices here have no translation cache of their own
+      for (const auto& [id, object] : objects_) {
+        if (object->kind != Kind::vdevice) continue;
+        const auto& vdevice = static_cast<const Vdevice&>(*object);
+        if (&vdevice.viommu != &viommu || vdevice.virtual_id != entry.cmd[0] >> 32) continue;
+        if (operation != 0x40) vdevice.device.device.forget_context();
+        return 0;
+      }
+      return -EIO;
+    }
+    case 0x10:  // NH_ALL
+    case 0x11:  // NH_ASID
+    case 0x30:  // NSNH_ALL
+      break;
+    case 0x13:  // NH_VAA
+      any_asid = true;
+      [[fallthrough]];
+    case 0x12: {  // NH_VA
       const std::uint64_t start = entry.cmd[1] & ~std::uint64_t{0xfff};
       const std::uint64_t granule = entry.cmd[1] >> 10 & 3;
       const std::uint64_t number = entry.cmd[0] >> 12 & 31, scale = entry.cmd[0] >> 20 & 31;
@@ -156,7 +232,7 @@ int IommufdFile::invalidate_smmuv3(const Viommu& viommu, const uapi_fd::ViommuAr
     if (object->kind != Kind::hwpt) continue;
     auto& hwpt = static_cast<Hwpt&>(*object);
     if (hwpt.parent == nullptr || hwpt.viommu == nullptr || &hwpt.viommu->parent != &viommu.parent) continue;
-    if (operation == 0x10 || hwpt.domain.asid() == asid) {
+    if (any_asid || hwpt.domain.asid() == asid) {
       const std::lock_guard owner{hwpt.ioas.ioas.mutex()};
       hwpt.domain.invalidate(range, tables);
     }

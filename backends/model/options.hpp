@@ -74,6 +74,7 @@ struct ModelOptions {
   bool iommufd = true;                    ///< false: no /dev/iommu and no device cdevs
   bool type1 = true;                      ///< false: no /dev/vfio/vfio and no groups
   bool viommu = true;                     ///< VIOMMU_ALLOC and its kin: Linux 6.13 and later; ENOTTY before
+  bool event_queues = true;               ///< VEVENTQ_ALLOC: Linux 6.15 and later; ENOTTY before
   bool map_file = true;                   ///< IOAS_MAP_FILE is there: Linux 6.13 and later; ENOTTY before
   std::uint32_t dma_entry_limit = 65535;  ///< type1's module parameter
   /// A POWER host: containers have the sPAPR driver instead of type1. Without /dev/iommu: there is no such backend.

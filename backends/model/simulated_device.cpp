@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "backends/model/event_queue.hpp"
 #include "backends/model/fault_queue.hpp"
 #include "base/checked_math.hpp"
 
@@ -68,6 +69,7 @@ DmaResult SimulatedDevice::transfer(Iova at, std::size_t bytes, Access access, M
       lock.lock();
     }
     record(fault);
+    record_event(fault);
     result.fault = fault;
     break;
   }
@@ -76,6 +78,7 @@ DmaResult SimulatedDevice::transfer(Iova at, std::size_t bytes, Access access, M
 
 // Under the mutex. On success `memory` stays usable until the mutex is let go.
 std::optional<FaultReason> SimulatedDevice::translate(std::uint64_t page, Access access, std::byte*& memory) noexcept {
+  stage_fault_ = StageFault::none;
   if (is_interrupt_address(page)) return FaultReason::interrupt_range;
   if (domain_ == nullptr) return FaultReason::not_attached;
   if (!domain_->aperture().contains(Iova{page})) return FaultReason::outside_aperture;
@@ -87,6 +90,10 @@ std::optional<FaultReason> SimulatedDevice::translate(std::uint64_t page, Access
     memory = cached->memory;
     return std::nullopt;
   }
+  if (runs_live_ != 0 && translate_by_run(page, access, memory)) {
+    ++statistics_.hits;
+    return std::nullopt;
+  }
   ++statistics_.misses;
   // relaxed: published by the RMW below. Once announced, an invalidation waits for the mutex; no second RMW needed.
   if (!may_hold_.load(std::memory_order_relaxed)) {
@@ -95,22 +102,98 @@ std::optional<FaultReason> SimulatedDevice::translate(std::uint64_t page, Access
   }
   Translation found;
   CachedTable& known = tables_[(page >> 21) % cached_tables];
+  FirstStage::Walk walk;
   do {  // again only when the writer changed the entry in between; it changes each entry a bounded number of times
-    const std::byte* table = known.region == page >> 21 ? known.table : nullptr;
-    found = domain_->walk(Iova{page}, table);
-    if (table != nullptr) {
+    walk = {.root = root_, .table = known.region == page >> 21 ? known.table : nullptr};
+    found = domain_->walk(Iova{page}, walk);
+    root_ = walk.root;
+    if (walk.table != nullptr) {
       if (known.table == nullptr) ++tables_live_;
-      known = {page >> 21, table};
+      known = {page >> 21, walk.table};
     }
-    if (found.memory == nullptr) return FaultReason::not_present;
-    if (!includes(found.access, access)) return FaultReason::no_permission;
+    if (found.memory == nullptr) {
+      stage_fault_ = walk.fault;
+      switch (walk.fault) {
+        case StageFault::permission: return FaultReason::no_permission;
+        case StageFault::configuration:
+        case StageFault::aborted: return FaultReason::bad_context;
+        default: return FaultReason::not_present;
+      }
+    }
+    if (!includes(found.access, access)) {
+      if (domain_->nested())
+        stage_fault_ = includes(walk.run.access, access) ? StageFault::second_stage : StageFault::permission;
+      return FaultReason::no_permission;
+    }
   } while (must_mark && !PageTable::mark_dirty(found));
   memory = found.memory;
-  if (cached != nullptr) {
+  if (domain_->nested() && walk.run.last - walk.run.start >= os_page_bytes) {
+    remember(walk.run);
+  } else if (cached != nullptr) {
     if (cached->memory == nullptr) ++iotlb_live_;
     *cached = {.page = page, .memory = found.memory, .access = found.access, .dirty = must_mark};
   }
   return std::nullopt;
+}
+
+// Under the mutex. What is known of the first stage is used; the second stage is asked.
+bool SimulatedDevice::translate_by_run(std::uint64_t page, Access access, std::byte*& memory) noexcept {
+  for (const CachedRun& run : runs_) {
+    if (run.entry_bytes == 0 || page < run.start || page > run.last || !includes(run.access, access)) continue;
+    const Translation found = domain_->walk_parent(Iova{run.address + (page - run.start)});
+    if (found.memory == nullptr || !includes(found.access, access)) return false;
+    memory = found.memory;
+    return true;
+  }
+  return false;
+}
+
+void SimulatedDevice::remember(const CachedRun& run) noexcept {
+  if (iotlb_.empty()) return;
+  CachedRun& slot = runs_[next_run_++ % cached_runs];
+  if (slot.entry_bytes == 0) ++runs_live_;
+  slot = run;
+}
+
+// Takes out whole entries; the rest of what a hint vouched for may stay, because hardware may hold it in any pieces.
+void SimulatedDevice::drop_runs(IovaRange range) noexcept {
+  for (CachedRun& run : runs_) {
+    if (run.entry_bytes == 0 || run.last < range.start.value || run.start > range.last.value) continue;
+    const std::uint64_t mask = run.entry_bytes - 1;
+    const std::uint64_t first = std::max(run.start, range.start.value & ~mask);
+    const std::uint64_t last = std::min(run.last, range.last.value | mask);
+    CachedRun left = run, right = run;
+    left.last = first - 1;
+    right.start = last + 1;
+    right.address = run.address + (right.start - run.start);
+    const bool keep_left = first > run.start, keep_right = last < run.last;
+    run.entry_bytes = 0;
+    --runs_live_;
+    if (keep_left) run = left, ++runs_live_;
+    if (keep_right) remember(right);  // disjoint from `range`: seen again it stays
+  }
+}
+
+// As an SMMUv3 words it: Arm IHI 0070, 7.3.
+void SimulatedDevice::record_event(const DmaFault& fault) const noexcept {
+  if (!virtual_id_ || domain_ == nullptr || domain_->events() == nullptr) return;
+  std::uint64_t kind = 0;
+  switch (stage_fault_) {
+    case StageFault::translation: kind = 0x10; break;
+    case StageFault::access_flag: kind = 0x12; break;
+    case StageFault::permission: kind = 0x13; break;
+    case StageFault::configuration: kind = 0x0a; break;
+    default: return;  // the host's business, or nobody's
+  }
+  const std::shared_ptr<EventQueue> queue = domain_->events()->queue();
+  if (queue == nullptr) return;
+  EventQueue::Record record;
+  record.evt[0] = kind | *virtual_id_ << 32;
+  if (kind != 0x0a) {
+    record.evt[1] = std::uint64_t{may_read(fault.access)} << 35 | std::uint64_t{2} << 40;
+    record.evt[2] = fault.address.value;
+  }
+  queue->push(record);
 }
 
 bool SimulatedDevice::is_interrupt_address(std::uint64_t address) const noexcept {
@@ -153,6 +236,16 @@ void SimulatedDevice::set_request_id(std::uint32_t id) noexcept {
   request_id_ = id;
 }
 
+void SimulatedDevice::set_virtual_id(std::optional<std::uint64_t> id) noexcept {
+  const std::lock_guard lock{mutex_};
+  virtual_id_ = id;
+}
+
+void SimulatedDevice::forget_context() noexcept {
+  const std::lock_guard lock{mutex_};
+  root_ = {};
+}
+
 void SimulatedDevice::set_domain(Domain* domain) noexcept {
   const std::lock_guard lock{mutex_};
   domain_ = domain;
@@ -160,6 +253,9 @@ void SimulatedDevice::set_domain(Domain* domain) noexcept {
   iotlb_live_ = 0;
   tables_.fill({});
   tables_live_ = 0;
+  runs_.fill({});
+  runs_live_ = 0;
+  root_ = {};
   may_hold_.store(false, std::memory_order_release);  // R.idle - pairs with A.idle in invalidate()
 }
 
@@ -181,6 +277,7 @@ void SimulatedDevice::invalidate(IovaRange range, bool tables) noexcept {
       --tables_live_;
     }
   }
+  if (runs_live_ != 0) drop_runs(range);
   const std::uint64_t first = base::align_down(range.start.value, os_page_bytes);
   if ((range.last.value - first) / os_page_bytes < iotlb_.size()) {
     for (std::uint64_t page = first;; page += os_page_bytes) {

@@ -32,6 +32,7 @@ enum class FaultReason : std::uint8_t {
   not_present,       ///< nothing is mapped at the address
   no_permission,     ///< mapped, but not for this access
   outside_aperture,  ///< the IOMMU cannot translate so high an address
+  bad_context,       ///< nothing valid says how to translate
   interrupt_range,   ///< the address is taken for an interrupt
 };
 
@@ -82,8 +83,11 @@ class SimulatedDevice {
   void set_domain(Domain* domain) noexcept;
   /// The name under which it asks for pages: its id on the descriptor that it is bound to.
   void set_request_id(std::uint32_t id) noexcept;
+  /// The name under which its vIOMMU records its faults; nothing: they are not recorded there.
+  void set_virtual_id(std::optional<std::uint64_t> id) noexcept;
   /// `tables`: also the tables of a first stage that it remembers.
   void invalidate(IovaRange range, bool tables = true) noexcept;
+  void forget_context() noexcept;
 
   static constexpr std::size_t faults_kept = 1024;
 
@@ -102,10 +106,16 @@ class SimulatedDevice {
   };
   static constexpr std::size_t cached_tables = 16;
 
-  bool holds_nothing() const noexcept { return iotlb_live_ == 0 && tables_live_ == 0; }
+  static constexpr std::size_t cached_runs = 16;
+
+  bool holds_nothing() const noexcept { return iotlb_live_ == 0 && tables_live_ == 0 && runs_live_ == 0; }
   template <typename Move>
   DmaResult transfer(Iova at, std::size_t bytes, Access access, Move move) noexcept;
   std::optional<FaultReason> translate(std::uint64_t page, Access access, std::byte*& memory) noexcept;
+  bool translate_by_run(std::uint64_t page, Access access, std::byte*& memory) noexcept;
+  void remember(const CachedRun& run) noexcept;
+  void drop_runs(IovaRange range) noexcept;
+  void record_event(const DmaFault& fault) const noexcept;
   bool is_interrupt_address(std::uint64_t address) const noexcept;
   void record(const DmaFault& fault) noexcept;
 
@@ -118,6 +128,13 @@ class SimulatedDevice {
   std::size_t iotlb_live_ = 0;
   std::array<CachedTable, cached_tables> tables_;  // direct-mapped by region
   std::size_t tables_live_ = 0;
+  // Leaves of a first stage larger than an os_page, and what contiguous hints vouch for.
+  std::array<CachedRun, cached_runs> runs_{};
+  std::size_t runs_live_ = 0;
+  std::size_t next_run_ = 0;
+  FirstStage::Root root_{};  // of a first stage: the context, as it was read
+  StageFault stage_fault_ = StageFault::none;
+  std::optional<std::uint64_t> virtual_id_;
   std::atomic<bool> may_hold_{false};  // read without the mutex by invalidate()
   std::vector<DmaFault> faults_;       // a ring once full
   std::size_t oldest_fault_ = 0;       // where the full ring begins

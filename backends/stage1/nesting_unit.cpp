@@ -1,10 +1,12 @@
 #include "backends/stage1/nesting_unit.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <utility>
 
 #include "backends/iommufd/ioas_calls.hpp"
 #include "backends/kernel_error.hpp"
+#include "backends/stage1/smmuv3_event.hpp"
 #include "backends/uapi/iommufd.hpp"
 #include "base/error_text.hpp"
 
@@ -73,6 +75,7 @@ SharedNesting::SharedNesting(Kernel& kernel, KernelFd fd, bool exclusive, std::v
 
 SharedNesting::~SharedNesting() {
   for (const auto& unit : units_) {
+    if (unit->events != nullptr) unit->events->close(kernel(), fd());
     if (unit->viommu != 0) iommufd::destroy(kernel(), fd(), unit->viommu);
     if (unit->own_parent) iommufd::destroy(kernel(), fd(), unit->parent);
   }
@@ -88,7 +91,8 @@ int SharedNesting::make_viommu(const iommufd::BoundDevice& device, NestingUnit& 
 Result<NestingUnit*> SharedNesting::make_unit(const iommufd::BoundDevice& device, const FirstStage& first_stage) {
   const auto holder = parent().holder(device.object);
   if (!holder) return holder.error();
-  NestingUnit unit{.parent = *holder, .own_parent = false, .viommu = 0, .first_stage = first_stage};
+  NestingUnit unit{
+      .parent = *holder, .own_parent = false, .viommu = 0, .first_stage = first_stage, .numa_node = device.numa_node};
   int why = 0;
   if (first_stage.format.architecture == Architecture::smmuv3) {
     why = make_viommu(device, unit);
@@ -110,8 +114,61 @@ Result<NestingUnit*> SharedNesting::make_unit(const iommufd::BoundDevice& device
                           "the kernel gives out no vIOMMU: it wants the firmware's promise that all DMA is coherent "
                           "(CANWBS) or S2FWB, and CONFIG_ARM_SMMU_V3_IOMMUFD");
   if (why != 0) return explain_call(Stage::attach, "VIOMMU_ALLOC", why);
-  units_.push_back(std::make_unique<NestingUnit>(unit));
+  units_.push_back(std::make_unique<NestingUnit>(std::move(unit)));
+  open_events(*units_.back());
   return units_.back().get();
+}
+
+void SharedNesting::prefer_node(void* memory, Bytes length, int numa_node) noexcept {
+  if (numa_node < 0) return;
+  try {
+    std::call_once(topology_once_, [&] { topology_ = base::Topology::load(); });
+    for (unsigned node = 0; node < topology_->node_count(); ++node)
+      if (topology_->os_number(node) == static_cast<unsigned>(numa_node))
+        static_cast<void>(topology_->bind_memory(memory, length, node));  // advice: containers often forbid it
+  } catch (...) {                                                         // no memory to look at the machine: no advice
+  }
+}
+
+// Without a queue everything works, and the kernel logs what the devices do wrong.
+void SharedNesting::open_events(NestingUnit& unit) {
+  if (unit.viommu == 0) return;
+  auto events = std::make_unique<EventQueue>();
+  if (events->open(kernel(), fd(), unit.viommu) == 0) unit.events = std::move(events);
+}
+
+void SharedNesting::route_faults(DeviceId device, FaultInbox* inbox) {
+  const std::lock_guard lock{mutex_};
+  if (inbox != nullptr)
+    inboxes_[device.value] = inbox;
+  else
+    inboxes_.erase(device.value);
+}
+
+int SharedNesting::collect_faults(bool& any) noexcept {
+  const std::lock_guard lock{mutex_};
+  int worst = 0;
+  for (const auto& unit : units_) {
+    if (unit->events == nullptr) continue;
+    const int why = unit->events->drain(
+        kernel(), any,
+        [&](const std::uint64_t(&words)[4]) {
+          const auto record = smmuv3::decode_event(words);
+          const auto inbox = record ? inboxes_.find(record->device_id) : inboxes_.end();
+          if (inbox != inboxes_.end()) inbox->second->put(*record);
+        },
+        [&](std::uint32_t lost) {
+          FaultRecord record;
+          record.reason = FaultRecord::Reason::lost;
+          record.lost = lost;
+          // Nobody knows whose they were: every space is told, once.
+          for (auto at = inboxes_.begin(); at != inboxes_.end(); ++at)
+            if (std::none_of(inboxes_.begin(), at, [&](const auto& told) { return told.second == at->second; }))
+              at->second->put(record);
+        });
+    if (why != 0) worst = why;
+  }
+  return worst;
 }
 
 // Which IOMMU a device is behind, the kernel says only by accepting or refusing: a vDEVICE goes only into the vIOMMU

@@ -36,6 +36,8 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   Result<void> promise(std::span<const IovaRange> ranges) override;
   Headroom headroom() noexcept override;
   Bytes table_memory() const noexcept override { return pool_.pinned(); }
+  int fault_record_fd() const noexcept override;
+  Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept override;
 
   /// Takes an attached device over from another space of the same descriptor, without a gap.
   Result<AttachedDevice> take_over(Stage1Space& from, DeviceId device);
@@ -66,6 +68,7 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   bool clear(IovaRange range, Batch& batch, std::uint64_t& bytes) noexcept;
   Result<std::uint64_t> intermediate(const BackendOp& op, std::uint64_t& mark) noexcept;
   Error map_error(int os_errno, const BackendOp& op) noexcept;
+  Error no_table_memory(Stage stage) noexcept;
   Error owing() const noexcept;
   bool is_usable(IovaRange range) const noexcept;
   /// Invalidates what the batch has cleared; operations up to `count` that wait for it fail if that fails.
@@ -90,6 +93,7 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   OwnPins own_pins_;
   TablePool pool_;
   std::optional<IovaRange> pool_room_;
+  int table_node_ = -1;  // of the IOMMU that walks: the first device's
   std::optional<TableEditor> editor_;
   FirstStage first_stage_;
   Table* context_page_ = nullptr;  // SMMUv3: the context descriptor
@@ -102,6 +106,8 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   std::vector<IovaRange> passed_;                      // reserved windows that lead to the parent's same addresses
   std::vector<const iommufd::StagedMemory*> regions_;  // index = RegionId - 1
   std::atomic<bool> debt_{false};
+  FaultInbox inbox_;
+  bool hears_faults_ = false;  // one of its IOMMUs has an event queue
 };
 
 }  // namespace iovane::backends::stage1

@@ -2,14 +2,13 @@
 
 #include <algorithm>
 
-#include "base/yield_point.hpp"
-
 namespace iovane::backends::stage1 {
 
 using base::yield_point;
 
 void TableEditor::Session::leave() noexcept {
   if (table_ == nullptr) return;
+  yield_point("table_editor.leave");
   // R.users - pairs with A.users in collect_below(): the entries, before the count that says how many there are.
   editor_.pool_.state(table_).users.fetch_add(change_ - 1, std::memory_order_release);
   table_ = nullptr;
@@ -57,6 +56,7 @@ Table* TableEditor::upper_table(std::uint64_t iova, bool create, Place& otherwis
         table = table_at(entry);
         --level;
         break;
+      case EntryKind::parked:
       case EntryKind::leaf: otherwise = Place::block; return nullptr;
       case EntryKind::cutting:
         if (!finish_cut(place, level, iova, entry)) {
@@ -144,6 +144,7 @@ TableEditor::Place TableEditor::enter(Session& session, std::uint64_t iova, bool
   while (true) {                                                  // each further round is somebody else's success
     std::uint64_t entry = place.load(std::memory_order_acquire);  // A.entry
     switch (format_.kind(entry, 1)) {
+      case EntryKind::parked:
       case EntryKind::leaf: return finish(Place::block);
       case EntryKind::table: {
         Table* const table = table_at(entry);
@@ -180,6 +181,31 @@ TableEditor::Place TableEditor::enter(Session& session, std::uint64_t iova, bool
         break;
     }
   }
+}
+
+// Takes the hint from the group of leaves around `iova`, a place in it being ours (I6, I7). True when none of them has
+// it or is parked any more, whoever did it.
+bool TableEditor::loosen(Table* table, unsigned level, std::uint64_t iova) noexcept {
+  Entry* const group = &table->entries[index_of(group_of(iova, level).start.value, level)];
+  for (std::size_t i = 0; i < group_entries; ++i) {
+    std::uint64_t entry = group[i].load(std::memory_order_acquire);  // A.entry
+    yield_point("table_editor.park");
+    // R.entry - as every store. Another thread's step in between is the same step, or a later one.
+    while (format_.is_hinted(entry) &&
+           !group[i].compare_exchange_weak(entry, format_.parked(entry), std::memory_order_acq_rel,
+                                           std::memory_order_acquire)) {
+    }
+  }
+  if (!walkers_.forget(group_of(iova, level))) return false;
+  for (std::size_t i = 0; i < group_entries; ++i) {
+    std::uint64_t entry = group[i].load(std::memory_order_acquire);  // A.entry
+    yield_point("table_editor.unpark");
+    // R.entry - where it fails, another thread has put it back, and its owner may have cleared it since.
+    if (format_.kind(entry, level) == EntryKind::parked)
+      group[i].compare_exchange_strong(entry, TableFormat::unparked(entry), std::memory_order_acq_rel,
+                                       std::memory_order_relaxed);
+  }
+  return true;
 }
 
 // Replaces a block by a table of 512 smaller leaves.
@@ -280,10 +306,22 @@ bool TableEditor::put_block(std::uint64_t iova, std::uint64_t address, std::uint
       table = format_.kind(entry, above) == EntryKind::table ? table_at(entry) : nullptr;
     }
     if (table == nullptr) continue;
+    Entry* const places = &table->entries[index_of(iova, level)];
+    const std::uint64_t group = group_entries * bytes_of(level);
+    if (format_.hint_bit != 0 && ((iova | address) & (group - 1)) == 0 && left >= group &&
+        // A.entry - what is empty stays so: nobody else maps here.
+        std::all_of(places, places + group_entries,
+                    [](const Entry& place) { return place.load(std::memory_order_acquire) == 0; })) {
+      std::uint64_t entry = format_.leaf(level, address, access, mark) | format_.hint_bit;
+      for (std::size_t i = 0; i < group_entries; ++i, entry += bytes_of(level))
+        places[i].store(entry, std::memory_order_release);  // R.entry
+      step = group;
+      return true;
+    }
     std::uint64_t empty = 0;
     // R.entry - release as every entry's store; a place that is not empty keeps what it has.
-    if (table->entries[index_of(iova, level)].compare_exchange_strong(
-            empty, format_.leaf(level, address, access, mark), std::memory_order_release, std::memory_order_relaxed)) {
+    if (places->compare_exchange_strong(empty, format_.leaf(level, address, access, mark), std::memory_order_release,
+                                        std::memory_order_relaxed)) {
       step = bytes_of(level);
       return true;
     }
@@ -321,8 +359,15 @@ MapVerdict TableEditor::map(Session& session, IovaRange range, std::uint64_t add
         if (entries[i].load(std::memory_order_relaxed) != 0) return MapVerdict::occupied;
     }
     std::uint64_t entry = format_.leaf(0, address + written, access, mark);
+    // Whole groups get the hint where the memory lies as the addresses do (I6).
+    const std::size_t before = (group_entries - first % group_entries) % group_entries;
+    std::size_t hinted = 0;
+    if (large && format_.hint_bit != 0 && count >= before + group_entries &&
+        (((iova ^ (address + written)) / page_bytes) % group_entries) == 0)
+      hinted = (count - before) / group_entries * group_entries;
     // R.entry - pairs with the walker's load: what the caller wrote to the memory before he mapped it is there.
-    for (std::size_t i = 0; i < count; ++i, entry += page_bytes) entries[i].store(entry, std::memory_order_release);
+    for (std::size_t i = 0; i < count; ++i, entry += page_bytes)
+      entries[i].store(i - before < hinted ? entry | format_.hint_bit : entry, std::memory_order_release);
     session.change_ += static_cast<std::uint32_t>(count);
     written += count * page_bytes;
   }
@@ -396,12 +441,14 @@ bool TableEditor::collect_below(Table* table, unsigned level, std::size_t& total
     if (!pool_.state(below).users.compare_exchange_strong(empty, PageState::dead, std::memory_order_acquire,
                                                           std::memory_order_relaxed))
       continue;
+    yield_point("table_editor.dead");
     if (generation_of(below) != life) {  // it lives elsewhere now, and goes on living
       pool_.state(below).users.fetch_and(~PageState::dead, std::memory_order_release);  // R.users
       continue;
     }
     const std::uint64_t draining = TableFormat::draining(format_.address(entry), life);
     std::uint64_t seen = entry;
+    yield_point("table_editor.drain");
     // Fails where a helper was here first, who may have linked another table since. relaxed: `draining` leads nowhere.
     place.compare_exchange_strong(seen, draining, std::memory_order_relaxed, std::memory_order_relaxed);
     list[count++] = {&place, below, draining};

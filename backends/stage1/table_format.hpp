@@ -6,10 +6,12 @@
 // Virtualization Technology specification (guest page tables, the processor's own format).
 //
 // Every entry is written with its accessed and dirty state set, so hardware never has a reason to write to a table.
+// Arm's contiguous hint: sixteen neighbouring leaves, aligned as one of their common size, may be kept by a walker as
+// one translation; all sixteen must then lead to neighbouring memory with the same rights, and all carry the hint.
 // Software's share of an entry (ignored by all three): bit 55 of a leaf says that its memory was pinned for this
 // mapping alone; an entry without bit 0 is whatever software likes: 0 is empty, `draining` names a table that was taken
 // out but may still be in a walker's cache, `cutting` the table that takes a block's place once the block is in no
-// cache.
+// cache, `parked` is a leaf that comes back without its hint.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +24,7 @@ namespace iovane::backends::stage1 {
 inline constexpr std::uint64_t page_bytes = 4096;
 inline constexpr std::size_t entries_per_table = 512;
 inline constexpr unsigned levels_max = 5;
+inline constexpr std::size_t group_entries = 16;  ///< under one contiguous hint
 
 constexpr unsigned shift_of(unsigned level) noexcept { return 12 + 9 * level; }
 constexpr std::uint64_t bytes_of(unsigned level) noexcept { return std::uint64_t{1} << shift_of(level); }
@@ -33,7 +36,7 @@ enum class Architecture : std::uint8_t { smmuv3, vtd, amd };
 const char* to_string(Architecture architecture) noexcept;
 
 /// What a valid entry of a level is.
-enum class EntryKind : std::uint8_t { empty, draining, cutting, table, leaf };
+enum class EntryKind : std::uint8_t { empty, draining, cutting, parked, table, leaf };
 
 struct TableFormat {
   Architecture architecture = Architecture::smmuv3;
@@ -45,11 +48,13 @@ struct TableFormat {
   std::uint64_t read_only_bits = 0;  ///< added where it may not
   std::uint64_t kind_bit = 0;        ///< above level 0, tells tables from leaves
   bool kind_bit_is_leaf = false;     ///< what that bit, when set, means
+  std::uint64_t hint_bit = 0;        ///< of a leaf in a group; 0: the architecture has no such hint
 
   static constexpr std::uint64_t valid_bit = 1;
   static constexpr std::uint64_t own_pin_bit = std::uint64_t{1} << 55;
   static constexpr std::uint64_t draining_bit = std::uint64_t{1} << 56;
   static constexpr std::uint64_t cutting_bit = std::uint64_t{1} << 57;
+  static constexpr std::uint64_t parked_bit = std::uint64_t{1} << 58;  ///< of an entry that is none of the two above
 
   constexpr std::uint64_t table(std::uint64_t address) const noexcept { return address | table_bits; }
   /// `mark`: own_pin_bit or 0. No format can say "write only": that is read and write.
@@ -73,10 +78,20 @@ struct TableFormat {
   constexpr std::uint64_t address(std::uint64_t entry) const noexcept { return entry & address_mask; }
   constexpr EntryKind kind(std::uint64_t entry, unsigned level) const noexcept {
     if (entry == 0) return EntryKind::empty;
-    if ((entry & valid_bit) == 0) return (entry & cutting_bit) != 0 ? EntryKind::cutting : EntryKind::draining;
+    if ((entry & valid_bit) == 0) {
+      if ((entry & cutting_bit) != 0) return EntryKind::cutting;
+      return (entry & draining_bit) != 0 ? EntryKind::draining : EntryKind::parked;
+    }
     if (level == 0 || ((entry & kind_bit) != 0) == kind_bit_is_leaf) return EntryKind::leaf;
     return EntryKind::table;
   }
+  constexpr bool is_hinted(std::uint64_t entry) const noexcept {
+    return (entry & hint_bit) != 0 && (entry & valid_bit) != 0;
+  }
+  constexpr std::uint64_t parked(std::uint64_t hinted) const noexcept {
+    return (hinted & ~(hint_bit | valid_bit)) | parked_bit;
+  }
+  static constexpr std::uint64_t unparked(std::uint64_t parked) noexcept { return (parked & ~parked_bit) | valid_bit; }
   /// The entry that takes the place of 1/512 of a leaf one level above `level`, `offset` bytes into it.
   constexpr std::uint64_t part_of(std::uint64_t leaf_above, unsigned level, std::uint64_t offset) const noexcept {
     const std::uint64_t mark = leaf_above & own_pin_bit;
@@ -101,7 +116,8 @@ constexpr TableFormat smmuv3_format() noexcept {
           .writable_bits = 0,
           .read_only_bits = 1U << 7,
           .kind_bit = 2,
-          .kind_bit_is_leaf = false};
+          .kind_bit_is_leaf = false,
+          .hint_bit = std::uint64_t{1} << 52};
 }
 
 /// The x86 format that VT-d's first stage and AMD's guest tables share.
@@ -115,7 +131,8 @@ constexpr TableFormat x86_format(Architecture architecture) noexcept {
           .writable_bits = writable,
           .read_only_bits = 0,
           .kind_bit = large,
-          .kind_bit_is_leaf = true};
+          .kind_bit_is_leaf = true,
+          .hint_bit = 0};
 }
 constexpr TableFormat vtd_format() noexcept { return x86_format(Architecture::vtd); }
 constexpr TableFormat amd_format() noexcept { return x86_format(Architecture::amd); }

@@ -6,6 +6,7 @@
 
 #include "base/error_text.hpp"
 #include "base/fault_point.hpp"
+#include "base/yield_point.hpp"
 
 namespace iovane::backends::stage1 {
 namespace {
@@ -15,12 +16,17 @@ constexpr std::uint64_t next_tag(std::uint64_t word) noexcept { return (word & ~
 
 }  // namespace
 
-TablePool::~TablePool() {
+TablePool::~TablePool() { close(); }
+
+void TablePool::close() noexcept {
   if (base_ != nullptr) ::munmap(base_, std::uint64_t{pages_max_} * page_bytes);
   if (states_ != nullptr) ::munmap(states_, pages_max_ * sizeof(PageState));
+  base_ = nullptr;
+  states_ = nullptr;
 }
 
 Result<void> TablePool::open(TableMemory& memory, std::uint64_t address, std::uint32_t pages_max) {
+  close();  // of an attempt that failed
   memory_ = &memory;
   address_ = address;
   pages_max_ = pages_max;
@@ -78,6 +84,7 @@ void TablePool::push(std::uint32_t first, std::uint32_t last) noexcept {
   do {
     // relaxed: published by the exchange.
     states_[last].next_free.store(static_cast<std::uint32_t>(word & index_mask), std::memory_order_relaxed);
+    base::yield_point("table_pool.push");
     // R.free - pairs with A.free in take_free(): links and contents of the pages.
   } while (!free_.compare_exchange_weak(word, next_tag(word) | (first + 1), std::memory_order_release,
                                         std::memory_order_relaxed));
@@ -91,6 +98,7 @@ Table* TablePool::take_free() noexcept {
     if (index == 0) return nullptr;
     // relaxed: may be stale when the page is taken meanwhile; then the tag has changed and the exchange fails.
     const std::uint64_t next = states_[index - 1].next_free.load(std::memory_order_relaxed);
+    base::yield_point("table_pool.take");
     // A.free - as above, also when another thread's push came in between.
     if (free_.compare_exchange_weak(word, next_tag(word) | next, std::memory_order_acquire,
                                     std::memory_order_acquire)) {

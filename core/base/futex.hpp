@@ -35,13 +35,17 @@ inline void futex_wake_all(std::atomic<std::uint32_t>& word) noexcept {
 /// returned.
 class OneShot {
  public:
-  /// Spins briefly, then sleeps, until fire(). What the firing thread did before is visible after.
-  void wait() noexcept {
-    // A short spin first: a batch takes microseconds, a sleep and a wake tens of them.
+  /// A short look, before one sleeps: a batch takes microseconds, a sleep and a wake tens of them. True: it happened.
+  bool spin() const noexcept {
     for (int spins = 0; spins < 1000; ++spins) {
       // A.fired - acquire, pairs with R.fire.
-      if (word_.load(std::memory_order_acquire) == fired) return;
+      if (word_.load(std::memory_order_acquire) == fired) return true;
     }
+    return false;
+  }
+  /// Spins briefly, then sleeps, until fire(). What the firing thread did before is visible after.
+  void wait() noexcept {
+    if (spin()) return;
     std::uint32_t seen = idle;
     // A.fired on failure; success only tells fire() that a wake is needed.
     if (!word_.compare_exchange_strong(seen, sleeping, std::memory_order_acquire, std::memory_order_acquire)) return;
@@ -57,6 +61,7 @@ class OneShot {
     futex_wait(word_, sleeping, timeout);
     return word_.load(std::memory_order_acquire) == fired;  // A.fired
   }
+  bool has_fired() const noexcept { return word_.load(std::memory_order_acquire) == fired; }  // A.fired
   /// The object may be gone when this returns: after the exchange only its address is used.
   void fire() noexcept {
     std::atomic<std::uint32_t>& word = word_;

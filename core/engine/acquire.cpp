@@ -37,24 +37,34 @@ Result<MemoryLease> AddressSpace::counted(pinning::Hold&& hold) noexcept {
 }
 
 Result<MemoryLease> AddressSpace::acquire(const MemoryPiece& memory, Access access) noexcept {
+  // The usual hit: process memory, leased by a guard word. Everything else is a call, so that nothing but the result
+  // is kept in memory here.
   SpaceCache* const cache = core_->cache();
-  if (cache == nullptr) [[unlikely]]
-    return no_cache();
-  const auto keys = cache->keys_of(memory);
-  if (!keys) [[unlikely]]
-    return keys.error();
-  pinning::Lease found = cache->map_cache().try_acquire(*keys, access);
-  if (!found) [[unlikely]] {
-    auto made = cache->map_cache().acquire(*keys, access);
-    if (!made) return made.error();
-    found = *std::move(made);
+  const auto keys = pinning::MemoryRange::from_length(memory.offset, memory.length);
+  if (cache != nullptr && !memory.memory && keys && keys->last < pinning::file_key_first) [[likely]] {
+    pinning::Lease found = cache->map_cache().try_acquire_by_guard(*keys, access);
+    MemoryLease lease;
+    lease.iova_ = Iova{found.address()};
+    lease.length_ = found.length();
+    lease.guard_ = found.detach();
+    if (lease.guard_ != nullptr) [[likely]]
+      return lease;
   }
+  return acquire_slowly(memory, access);
+}
+
+Result<MemoryLease> AddressSpace::acquire_slowly(const MemoryPiece& memory, Access access) noexcept {
+  SpaceCache* const cache = core_->cache();
+  if (cache == nullptr) return no_cache();
+  const auto keys = cache->keys_of(memory);
+  if (!keys) return keys.error();
+  auto found = cache->map_cache().acquire(*keys, access);
+  if (!found) return found.error();
   MemoryLease lease;
-  lease.iova_ = Iova{found.address()};
-  lease.length_ = found.length();
-  lease.guard_ = found.detach();
-  if (lease.guard_ == nullptr) [[unlikely]]
-    return counted(found.hold());
+  lease.iova_ = Iova{found->address()};
+  lease.length_ = found->length();
+  lease.guard_ = found->detach();
+  if (lease.guard_ == nullptr) return counted(found->hold());
   return lease;
 }
 

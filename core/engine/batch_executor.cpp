@@ -24,33 +24,46 @@ void BatchExecutor::run(QueueCore& queue, bool for_another) noexcept {
   }
 }
 
-Completion BatchExecutor::run_one(const Operation& operation) noexcept {
-  Completion completion;
-  bool link_broken = false;
-  run_slice({&operation, &completion, 0, 0}, 1, link_broken);
-  return completion;
+void BatchExecutor::run_one(const Operation& operation, Completion& completion) noexcept {
+  no_link_ = false;
+  run_slice({&operation, &completion, 0, 0}, 1, no_link_);
 }
 
 void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& link_broken) noexcept {
   const bool timed = (slices_++ & (slices_per_timing - 1)) == 0;
   const std::uint64_t begun_ns = timed ? monotonic_ns() : 0;
   slice_ = slice;
+  count_ = count;
+  link_broken_ = &link_broken;
   succeeded_ = {};
   slice_ns_ = 0;
-  for (std::uint32_t i = 0; i < count; ++i) {
-    const Operation& operation = slice.operation(i);
-    slice.completion(i) = Completion{operation.user_data, {}, operation.start, {}, {}};
+  at_ = 0;
+  slice_open_ = true;
+  run_from(0);
+  if (timed) space_.counters->batch_time.record(monotonic_ns() - begun_ns);
+  slice_open_ = false;
+}
+
+// Plans the slice's operations from `i` on, and ends it.
+void BatchExecutor::run_from(std::uint32_t i) noexcept {
+  for (; i < count_; ++i) {
+    const Operation& operation = slice_.operation(i);
+    slice_.completion(i) = Completion{operation.user_data, {}, operation.start, {}, {}};
     ++succeeded_[static_cast<unsigned>(operation.kind)];  // until refuse() says otherwise
-    if (space_.closed || link_broken) [[unlikely]]
+    at_ = i;
+    if (space_.closed || *link_broken_) [[unlikely]]
       refuse(i, not_begun());
     else
       plan(i, operation);
-    link_broken = false;
+    *link_broken_ = false;
     if (operation.order == Order::link) [[unlikely]] {
+      planned_ = true;
       flush();  // the next operation needs this one's verdict
-      link_broken = !slice.completion(i).ok();
+      *link_broken_ = !slice_.completion(i).ok();
+      planned_ = false;
     }
   }
+  at_ = count_;
   flush();
   SpaceCounters& counters = *space_.counters;
   counters[Count::batches].add();
@@ -59,7 +72,8 @@ void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& lin
   counters[Count::replaces].add(succeeded_[static_cast<unsigned>(OperationKind::replace)]);
   if (space_.stale && !space_.stale->empty()) flush_stale_if_due(slice_ns_ != 0 ? slice_ns_ : monotonic_ns());
   publish_gauges();
-  if (timed) counters.batch_time.record(monotonic_ns() - begun_ns);
+  if (space_.memories.has_orphans()) [[unlikely]]
+    forget_orphans();
 }
 
 void BatchExecutor::publish_gauges() noexcept {
@@ -233,8 +247,10 @@ MappingRecord* BatchExecutor::enter_after_flush(std::uint32_t i, IovaRange range
   MappingRecord* record = nullptr;
   if (in_phase || behind_stale) {
     const std::uint32_t planned = map_op_count_;
+    held_ = range;
     flush();
     if (behind_stale) (void)flush_stale();
+    held_ = nothing_held;
     std::copy_n(&ops_[maps_begin + planned], op_count, &ops_[maps_begin]);
     record = space_.index.try_insert(range);
   }
@@ -291,9 +307,12 @@ inline void BatchExecutor::add_unmap(std::uint32_t i, IovaRange span, Bytes byte
     record = space_.index.exact(range);
   }
   if (record != nullptr && record->state == MappingState::live) [[likely]] {
+    const bool defer = space_.stale && may_defer(1);
     record->state = MappingState::unmapping;
-    if (space_.stale) return defer_unmap(i, record, 1);
+    if (defer) return defer_unmap(i, record, 1);
     add_unmap(i, range, range.length(), record, record, 1);
+    if (space_.stale) [[unlikely]]
+      flush();  // a phase of relaxed mode holds maps only
   } else {
     plan_wide_unmap(i, range);
   }
@@ -303,6 +322,14 @@ inline void BatchExecutor::add_unmap(std::uint32_t i, IovaRange span, Bytes byte
 // mapping.
 void BatchExecutor::plan_wide_unmap(std::uint32_t i, IovaRange range) noexcept {
   MappingRecord* record = space_.index.first_record(range);
+  bool defer = false;
+  if (space_.stale) {
+    std::uint32_t found = 0;
+    for (MappingRecord* r = record; r != nullptr && r->range.start <= range.last; r = MappingIndex::next_record(r))
+      found += r->state != MappingState::stale ? 1 : 0;
+    defer = may_defer(found);
+    record = space_.index.first_record(range);
+  }
   if (const Error refused = check_unmap(range, record)) {
     if (refused.code != Errc::busy) return refuse(i, refused);
     flush();  // something in the range is being unmapped already; look again when it is gone
@@ -327,11 +354,12 @@ void BatchExecutor::plan_wide_unmap(std::uint32_t i, IovaRange range) noexcept {
     record = following;
   }
   slice_.completion(i).bytes = Bytes{cancelled};
-  if (unmap.mappings != 0 && space_.stale) {
+  if (unmap.mappings != 0 && defer) {
     defer_unmap(i, unmap.first, unmap.mappings);
   } else if (unmap.mappings != 0) {
     add_unmap(i, {unmap.first->range.start, unmap.last->range.last}, unmap.bytes, unmap.first, unmap.last,
               unmap.mappings);
+    if (space_.stale) flush();  // as in plan_unmap()
   } else if (cancelled == 0 && range != IovaRange::everything()) {
     refuse(i, fail(Errc::not_found, Stage::validate, 0, "nothing is mapped in [{:#x}, {:#x}]", range.start.value,
                    range.last.value));

@@ -34,8 +34,14 @@ class BatchExecutor {
 
   /// Executes everything the queue has published, slice by slice, delivering each slice's completions.
   void run(QueueCore& queue, bool for_another) noexcept;
-  /// Executes one operation. `link_broken` as in QueueCore.
-  Completion run_one(const Operation& operation) noexcept;
+  /// Executes one operation; both lie where they outlive a thread's end.
+  void run_one(const Operation& operation, Completion& completion) noexcept;
+  /// After the end of the thread that executed: settles the operations that were with the backend, and gives up the one
+  /// that was being planned. What was mapped is mapped again, what was unmapped is gone.
+  void recover() noexcept;
+  /// After recover(): goes on with what the thread was running.
+  void resume() noexcept;
+  void resume(QueueCore& queue) noexcept;
   /// Unmaps everything, quarantined mappings included in the attempt; how many bytes, and the first refusal.
   Error unmap_all(Bytes& removed) noexcept;
   /// Relaxed mode: carries out every deferred unmap; the bytes that devices can no longer reach. Not within a phase.
@@ -67,7 +73,16 @@ class BatchExecutor {
   /// Where the maps' backend operations begin in ops_; the unmaps' end there.
   static constexpr std::uint32_t maps_begin = slice_operations_max;
 
+  /// Where a thread stands that is in a call: what recover() has to look after.
+  enum class Step : std::uint8_t {
+    none,       // it plans, or finished: nothing is with the backend
+    executing,  // the phase
+    mapping,    // maps_[cursor_] failed and is being undone
+    unmapping,  // unmaps_[cursor_] is being retried
+  };
+
   void run_slice(const Slice& slice, std::uint32_t count, bool& link_broken) noexcept;
+  void run_from(std::uint32_t i) noexcept;
   /// Completes operation `i` with an error, unless it has one.
   [[gnu::noinline]] void refuse(std::uint32_t i, const Error& error) noexcept;
   Error not_begun() const noexcept;
@@ -79,6 +94,7 @@ class BatchExecutor {
   Error check_unmap(IovaRange range, MappingRecord* first) noexcept;
   void replace(std::uint32_t i, const Operation& operation) noexcept;
   Error try_replace(std::uint32_t i, const Operation& operation) noexcept;
+  Error restore_replaced(MappingRecord* record, const backends::BackendOpResult& refused) noexcept;
 
   bool reserve(std::uint32_t i, const Operation& operation, Bytes length, IovaRange& range) noexcept;
   [[gnu::noinline]] bool allocate(std::uint32_t i, const Operation& operation, Bytes length, IovaRange& range) noexcept;
@@ -94,6 +110,7 @@ class BatchExecutor {
   bool phase_touches(IovaRange range) noexcept;
   bool touches_stale(IovaRange range) noexcept;
   [[gnu::noinline]] bool revive(std::uint32_t i, const Operation& operation, ResolvedPiece piece) noexcept;
+  bool may_defer(std::uint32_t mappings) noexcept;
   void defer_unmap(std::uint32_t i, MappingRecord* first, std::uint32_t mappings) noexcept;
   std::size_t flush_stale_part(std::size_t next, std::uint64_t& removed) noexcept;
   void cancel(MappingRecord* record) noexcept;
@@ -101,12 +118,16 @@ class BatchExecutor {
   void flush() noexcept;
   std::uint32_t merge_unmaps() noexcept;
   void drop_cancelled_maps() noexcept;
+  void end_phase() noexcept;
   void finish_unmaps(std::uint32_t groups) noexcept;
   void finish_unmap(PendingUnmap& unmap, const Error& error) noexcept;
   void retry_one_by_one(PendingUnmap& unmap) noexcept;
-  void finish_maps() noexcept;
+  void finish_maps(std::uint32_t m) noexcept;
   void fail_map(const PendingMap& map) noexcept;
   bool undo_map(const PendingMap& map) noexcept;
+  /// EFAULT is also what Linux says when it did what was asked and could not write its answer back
+  /// (tests/conformance/fail_nth_test.cpp makes it). Nothing else failed with something done.
+  static bool may_have_taken_effect(const Error& error) noexcept;
   bool clear_of(const backends::BackendOpResult& mapped, IovaRange range) noexcept;
   Error take_out(IovaRange range) noexcept;
   bool map_again(const PendingMap& map) noexcept;
@@ -128,9 +149,10 @@ class BatchExecutor {
     if (memory_index == 0) return;
     MemoryTable::Entry& entry = space_.memories.at(memory_index - 1);
     if (--entry.mappings == 0 && !entry.owned) [[unlikely]]
-      forget_memory(memory_index);
+      space_.memories.orphan(memory_index - 1);
   }
-  void forget_memory(std::uint32_t memory_index) noexcept;
+  /// Unregisters memory whose owner and last mapping went. No call in the middle of retire(), so that it is done whole.
+  void forget_orphans() noexcept;
   void quarantine(MappingRecord& record) noexcept;
   void put_map_op(backends::BackendOp& op, const ResolvedPiece& piece, IovaRange range, Access access) const noexcept {
     const bool copy = piece.region.value != 0 && space_.map_by_copy;
@@ -148,6 +170,22 @@ class BatchExecutor {
 
   SpaceState& space_;
   Slice slice_{};
+  // The slice, for resume().
+  bool slice_open_ = false;
+  bool planned_ = false;  // at_ is, and what follows waits for its verdict
+  std::uint32_t at_ = 0;  // the operation that is being planned
+  std::uint32_t count_ = 0;
+  bool* link_broken_ = nullptr;
+  bool no_link_ = false;  // of run_one()
+  // The call that is being made, for recover().
+  Step step_ = Step::none;
+  bool recovering_ = false;
+  bool flushing_stale_ = false;
+  std::uint32_t cursor_ = 0;
+  std::uint32_t groups_ = 0;
+  MappingRecord* replacing_ = nullptr;
+  IovaRange held_ = nothing_held;  // reserved for the operation that is being planned, beyond a flush
+  static constexpr IovaRange nothing_held{iova_max, Iova{0}};
   std::uint32_t slices_ = 0;
   std::array<std::uint32_t, operation_kinds> succeeded_{};  // of this slice, by OperationKind
   // The phase so far.
@@ -155,7 +193,7 @@ class BatchExecutor {
   std::uint32_t map_op_count_ = 0;
   std::uint32_t unmap_count_ = 0;
   bool unmaps_sorted_ = true;    // by address
-  std::uint64_t slice_ns_ = 0;   // when the slice deferred its first unmap, 0 before
+  std::uint64_t slice_ns_ = 0;   // when the slice planned its first relaxed unmap, 0 before
   bool maps_cancelled_ = false;  // some of maps_ have no operation any more
   std::array<PendingMap, slice_operations_max> maps_;
   std::array<PendingUnmap, slice_operations_max> unmaps_;

@@ -19,28 +19,32 @@ namespace {
               removed.value, range.start.value, range.last.value, expected.value);
 }
 
-// EFAULT is also what Linux says when it did what was asked and could not write its answer back
-// (tests/conformance/fail_nth_test.cpp makes it). Nothing else failed with something done.
-bool may_have_taken_effect(const Error& error) noexcept { return error.os_errno == EFAULT; }
-
 bool is_shortage(Errc code) noexcept {
   return code == Errc::memlock_exceeded || code == Errc::entry_limit || code == Errc::out_of_memory;
 }
 
 }  // namespace
 
+bool BatchExecutor::may_have_taken_effect(const Error& error) noexcept { return error.os_errno == EFAULT; }
+
 void BatchExecutor::flush() noexcept {
   if (map_count_ + unmap_count_ == 0) return;
   if (maps_cancelled_) drop_cancelled_maps();
-  const std::uint32_t groups = merge_unmaps();
-  const std::uint32_t count = groups + map_op_count_;
+  groups_ = merge_unmaps();
+  const std::uint32_t count = groups_ + map_op_count_;
   if (count != 0) {
     (*space_.counters)[Count::backend_ops].add(count);
-    space_.backend->execute({&ops_[maps_begin - groups], count}, {&results_[maps_begin - groups], count});
+    step_ = Step::executing;
+    space_.backend->execute({&ops_[maps_begin - groups_], count}, {&results_[maps_begin - groups_], count});
+    step_ = Step::none;
   }
   // Undoing a map and retrying unmaps execute operations of their own and leave ops_ and results_ alone.
-  finish_maps();
-  finish_unmaps(groups);
+  finish_maps(0);
+  finish_unmaps(groups_);
+  end_phase();
+}
+
+void BatchExecutor::end_phase() noexcept {
   map_count_ = map_op_count_ = unmap_count_ = 0;
   unmaps_sorted_ = true;
   maps_cancelled_ = false;
@@ -111,6 +115,7 @@ void BatchExecutor::finish_unmaps(std::uint32_t groups) noexcept {
         slice_.completion(unmap.operation).bytes.value += unmap.bytes.value;
         retire(unmap.first);
       } else if (error && (mappings > 1 || may_have_taken_effect(error))) {
+        cursor_ = static_cast<std::uint32_t>(&unmap - unmaps_.data());
         retry_one_by_one(unmap);
       } else {
         finish_unmap(unmap, error);
@@ -139,13 +144,14 @@ void BatchExecutor::finish_unmap(PendingUnmap& unmap, const Error& error) noexce
     slice_.completion(unmap.operation).bytes.value += unmap.bytes.value;
 }
 
+// Keeps in `unmap` what is still to be done, should this thread end.
 void BatchExecutor::retry_one_by_one(PendingUnmap& unmap) noexcept {
   Completion& verdict = slice_.completion(unmap.operation);
-  MappingRecord* record = unmap.first;
-  for (std::uint32_t left = unmap.mappings; left != 0;) {
+  step_ = Step::unmapping;
+  while (unmap.mappings != 0) {
+    MappingRecord* const record = unmap.first;
     MappingRecord* const following = MappingIndex::next_record(record);
     if (record->state == MappingState::unmapping) {
-      --left;
       (*space_.counters)[Count::retries].add();
       const std::uint64_t length = record->range.length().value;
       // Not finding it is success: the failed call had removed this one before it stopped.
@@ -156,13 +162,15 @@ void BatchExecutor::retry_one_by_one(PendingUnmap& unmap) noexcept {
         verdict.bytes.value += length;
         retire(record);
       }
+      --unmap.mappings;
     }
-    record = following;
+    unmap.first = following;
   }
+  step_ = Step::none;
 }
 
-void BatchExecutor::finish_maps() noexcept {
-  for (std::uint32_t m = 0; m < map_count_; ++m) {
+void BatchExecutor::finish_maps(std::uint32_t m) noexcept {
+  for (; m < map_count_; ++m) {
     const PendingMap& map = maps_[m];
     const std::span<const BackendOpResult> own{&results_[maps_begin + map.first_op], map.op_count};
     if (own.size() == 1 && own[0].error.ok()) [[likely]]
@@ -172,7 +180,7 @@ void BatchExecutor::finish_maps() noexcept {
     else if (std::all_of(own.begin(), own.end(), [](const auto& r) { return r.error.ok(); }))
       map.record->state = MappingState::live;
     else
-      fail_map(map);
+      cursor_ = m, fail_map(map);
   }
 }
 
@@ -182,17 +190,21 @@ void BatchExecutor::fail_map(const PendingMap& map) noexcept {
   const auto refusal = [&] {
     return std::find_if(results, results + map.op_count, [](const auto& r) { return !r.error.ok(); })->error;
   };
+  step_ = Step::mapping;
   Error error = refusal();
   bool all_gone = undo_map(map);
-  if (all_gone && is_shortage(error.code) && space_.stale && !space_.stale->empty()) {
-    (void)flush_stale();
+  const bool made_room = all_gone && is_shortage(error.code) && space_.stale && !space_.stale->empty();
+  if (made_room) (void)flush_stale();
+  if (made_room || (all_gone && recovering_)) {
     if (map_again(map)) {
       map.record->state = MappingState::live;
+      step_ = Step::none;
       return;
     }
     error = refusal();
     all_gone = undo_map(map);
   }
+  step_ = Step::none;
   Completion& verdict = slice_.completion(map.operation);
   verdict.bytes = {};
   verdict.mapping = {};
@@ -266,6 +278,7 @@ Error BatchExecutor::unmap_all(Bytes& removed) noexcept {
   }
   if (space_.stale) space_.stale->clear();
   publish_gauges();
+  forget_orphans();
   return first;
 }
 
@@ -275,10 +288,14 @@ void BatchExecutor::quarantine(MappingRecord& record) noexcept {
   (*space_.counters)[Count::quarantined_bytes].add(record.range.length().value);
 }
 
-// Its Memory object is gone already, and this was the last mapping. A refusal keeps the pin until the space closes.
-void BatchExecutor::forget_memory(std::uint32_t memory_index) noexcept {
-  if (space_.backend->unregister_memory(space_.memories.at(memory_index - 1).region))
-    space_.memories.forget(memory_index - 1);
+// A refusal keeps the pin until the space closes.
+void BatchExecutor::forget_orphans() noexcept {
+  while (space_.memories.has_orphans()) {
+    const std::uint32_t index = space_.memories.take_orphan();
+    const MemoryTable::Entry& entry = space_.memories.at(index);
+    if (entry.used && !entry.owned && entry.mappings == 0 && space_.backend->unregister_memory(entry.region))
+      space_.memories.forget(index);
+  }
 }
 
 }  // namespace iovane::engine

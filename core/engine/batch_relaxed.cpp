@@ -16,19 +16,25 @@ namespace iovane::engine {
 using backends::BackendOpResult;
 using backends::OpKind;
 
-// Answers an unmap: everything that it found (all live) is stale from here on.
+// Before an unmap touches anything: makes room for so many mappings, and reads the clock. False: it is carried out at
+// once, since not even an empty set has the room.
+bool BatchExecutor::may_defer(std::uint32_t mappings) noexcept {
+  if (slice_ns_ == 0) slice_ns_ = monotonic_ns();
+  if (!space_.stale->has_room(mappings)) [[unlikely]] {
+    flush();
+    (void)flush_stale();
+  }
+  return space_.stale->has_room(mappings);
+}
+
+// Answers an unmap: everything that it found (all live) is stale from here on. After may_defer().
 void BatchExecutor::defer_unmap(std::uint32_t i, MappingRecord* first, std::uint32_t mappings) noexcept {
   StaleSet& stale = *space_.stale;
-  if (slice_ns_ == 0) slice_ns_ = monotonic_ns();
   std::uint64_t bytes = 0;
   MappingRecord* record = first;
   for (std::uint32_t left = mappings; left != 0; record = MappingIndex::next_record(record)) {
     if (record->state != MappingState::unmapping) continue;
     --left;
-    if (!stale.has_room()) {
-      flush();
-      (void)flush_stale();
-    }
     record->state = MappingState::stale;
     bytes += record->range.length().value;
     stale.add(*record, slice_ns_);
@@ -90,18 +96,21 @@ Bytes BatchExecutor::flush_stale() noexcept {
     return a.record->range.start < b.record->range.start;
   });
   std::uint64_t removed = 0;
+  flushing_stale_ = true;
   for (std::size_t next = 0; next < members.size();) next = flush_stale_part(next, removed);
+  flushing_stale_ = false;
   SpaceCounters& counters = *space_.counters;
   counters[Count::flushes].add();
   counters[Count::flushed].add(members.size());
   space_.stale->clear();
   publish_gauges();
+  if (space_.memories.has_orphans()) forget_orphans();
   return Bytes{removed};
 }
 
 // As many members from `next` on as fill the backend's list of operations; says where to go on.
 std::size_t BatchExecutor::flush_stale_part(std::size_t next, std::uint64_t& removed) noexcept {
-  const auto& members = space_.stale->members();
+  auto& members = space_.stale->members();
   const std::size_t first = next;
   std::uint32_t groups = 0;
   MappingRecord* last = nullptr;
@@ -131,12 +140,13 @@ std::size_t BatchExecutor::flush_stale_part(std::size_t next, std::uint64_t& rem
       MappingRecord* const record = members[member].record;
       const std::uint64_t length = record->range.length().value;
       bool gone = whole;
-      if (!whole && group_sizes_[g] > 1) {  // each alone, so that everything that can go is gone
+      // Each alone, so that everything that can go is gone. Of a flush in which a thread ended, some is gone already.
+      if (!whole && (group_sizes_[g] > 1 || recovering_ || may_have_taken_effect(results_[g].error))) {
         (*space_.counters)[Count::retries].add();
-        const BackendOpResult alone = execute_one({OpKind::unmap, Access::none, {}, record->range, 0});
-        gone = !alone.error || alone.error.code == Errc::not_found;
+        gone = take_out(record->range).ok();
       }
-      if (!gone) {  // nobody waits for a verdict any more: quarantine tells
+      members[member].record = nullptr;  // done with, should this thread end
+      if (!gone) {                       // nobody waits for a verdict any more: quarantine tells
         quarantine(*record);
         continue;
       }

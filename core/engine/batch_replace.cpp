@@ -5,6 +5,7 @@
 namespace iovane::engine {
 
 using backends::BackendOp;
+using backends::BackendOpResult;
 using backends::OpKind;
 using base::fail;
 
@@ -34,31 +35,20 @@ Error BatchExecutor::try_replace(std::uint32_t i, const Operation& operation) no
   if (has(space_.backend->facts().capabilities, backends::Capability::replace_in_place)) {
     BackendOp op = new_op;
     op.kind = OpKind::replace;
-    if (const auto result = execute_one(op); result.error) return result.error;
+    replacing_ = record;
+    const auto result = execute_one(op);
+    replacing_ = nullptr;
+    if (result.error) return result.error;
   } else {
+    replacing_ = record;
     if (const Error stays = take_out(range)) {
       quarantine(*record);
+      replacing_ = nullptr;
       return stays;
     }
-    if (const auto result = execute_one(new_op); result.error) {
-      if (!clear_of(result, range)) {
-        quarantine(*record);
-        return result.error;
-      }
-      const std::uint32_t old_index = record->region;
-      const backends::RegionId old_region =
-          old_index != 0 ? space_.memories.at(old_index - 1).region : backends::RegionId{};
-      const auto restored = execute_one(map_op({old_region, record->memory, old_index}, range, record->access));
-      if (!restored.error) return result.error;
-      if (!clear_of(restored, range)) {
-        quarantine(*record);
-        return result.error;
-      }
-      retire(record);
-      return fail(result.error.code, Stage::map, result.error.os_errno,
-                  "{}; mapping the old memory again failed too ({}), so [{:#x}, {:#x}] is unmapped now",
-                  result.error.detail(), restored.error.detail(), range.start.value, range.last.value);
-    }
+    const auto result = execute_one(new_op);
+    if (result.error) return restore_replaced(record, result);
+    replacing_ = nullptr;
   }
   if (piece.memory_index != record->region) {
     if (piece.memory_index != 0) ++space_.memories.at(piece.memory_index - 1).mappings;
@@ -71,6 +61,31 @@ Error BatchExecutor::try_replace(std::uint32_t i, const Operation& operation) no
   verdict.bytes = length;
   verdict.mapping = space_.index.id_of(record);
   return {};
+}
+
+// The new memory was refused, or its fate is not known: the old memory comes back.
+Error BatchExecutor::restore_replaced(MappingRecord* record, const BackendOpResult& refused) noexcept {
+  const IovaRange range = record->range;
+  if (!clear_of(refused, range)) {
+    quarantine(*record);
+    replacing_ = nullptr;
+    return refused.error;
+  }
+  const std::uint32_t old_index = record->region;
+  const backends::RegionId old_region =
+      old_index != 0 ? space_.memories.at(old_index - 1).region : backends::RegionId{};
+  const auto restored = execute_one(map_op({old_region, record->memory, old_index}, range, record->access));
+  const bool all_gone = !restored.error || clear_of(restored, range);
+  replacing_ = nullptr;
+  if (!restored.error) return refused.error;
+  if (!all_gone) {
+    quarantine(*record);
+    return refused.error;
+  }
+  retire(record);
+  return fail(refused.error.code, Stage::map, refused.error.os_errno,
+              "{}; mapping the old memory again failed too ({}), so [{:#x}, {:#x}] is unmapped now",
+              refused.error.detail(), restored.error.detail(), range.start.value, range.last.value);
 }
 
 }  // namespace iovane::engine

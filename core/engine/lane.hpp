@@ -7,6 +7,9 @@
 // Progress: enter() with a work node is lock-free: a CAS loop in which each retry means that another thread's CAS took
 //   effect. Work left behind is run by the holder; a holder that stops running delays it, as in any combining scheme.
 //   A turn is bounded: after service_max nodes of others the holder calls for relief and serves on until that arrives.
+// Death: a thread with LaneClaims may end while it holds the lane. Who inherits its claims goes on with the turn by
+//   take_over(): `running_` says which node was being run, and LaneHeir settles what it was about. Those who wait ask
+//   LaneHeir::look() now and then whether that is due.
 // State word: 0 = free; 1 = held, nothing waiting; otherwise held, and the address of the newest waiting node.
 // Invariants:
 //   I1 a node is in at most one list, from its publication until the holder unlinks it, before it runs the node;
@@ -22,10 +25,12 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 
 #include "base/cacheline.hpp"
 #include "base/futex.hpp"
+#include "engine/lane_claims.hpp"
 
 namespace iovane::engine {
 
@@ -40,8 +45,11 @@ class LaneNode {
 
  protected:
   /// Kind::work: does the work; called by the lane's holder, on the holder's thread. `for_another`: the holder came for
-  /// something else and found the node waiting.
-  virtual void run([[maybe_unused]] bool for_another) noexcept {}
+  /// something else and found the node waiting. What it returns, if anything, is fired when the lane is through with
+  /// the node, which may be gone from then on.
+  virtual base::OneShot* run([[maybe_unused]] bool for_another) noexcept { return nullptr; }
+  /// The same, where a thread that has ended had begun it. After LaneHeir::recover().
+  virtual base::OneShot* resume() noexcept { return nullptr; }
 
  private:
   friend class Lane;
@@ -57,18 +65,36 @@ class LaneRelief {
   virtual void call() noexcept = 0;
 };
 
+/// Sees to it that no thread's end keeps a lane held.
+class LaneHeir {
+ public:
+  virtual ~LaneHeir() = default;
+  /// Called by those who have waited for the lane for a while: if its holder has ended, takes it over. Without the
+  /// lane.
+  virtual void look() noexcept = 0;
+  /// Called by the lane's new holder: brings what the lane protects to where a holder may leave it.
+  virtual void recover() noexcept = 0;
+};
+
 class alignas(base::cacheline_bytes) Lane {
  public:
   static constexpr std::uint32_t service_max = 64;
 
   /// Before the lane is used. Null: a turn lasts as long as work arrives.
   void set_relief(LaneRelief* relief) noexcept { relief_ = relief; }
+  /// Once, by the holder; it lives as long as the lane. Null until then: no thread that may end enters the lane.
+  void set_heir(LaneHeir* heir) noexcept {
+    heir_.store(heir, std::memory_order_release);  // R.heir - pairs with A.heir: what it consists of
+  }
 
   /// Publishes `node` (Kind::work) or, when the lane was free, runs it and all that arrives meanwhile. True when this
   /// thread ran it.
   bool enter(LaneNode& node) noexcept {
     if (!take_or_publish(node)) return false;
-    node.run(false);
+    if (my_lane_claims != nullptr) [[unlikely]]
+      my_lane_claims->add(*this, nullptr);
+    running_ = &node;
+    finish(node.run(false));
     leave();
     return true;
   }
@@ -76,9 +102,28 @@ class alignas(base::cacheline_bytes) Lane {
   /// Holds the lane for the calling thread, waiting for it if need be. Pair with leave().
   void hold() noexcept {
     Waiter waiter;
-    if (take_or_publish(waiter)) return;
-    waiter.wait();
+    LaneClaims* const claims = my_lane_claims;
+    if (take_or_publish(waiter)) {
+      if (claims != nullptr) claims->add(*this, nullptr);
+      return;
+    }
+    if (claims != nullptr) claims->add(*this, &waiter.granted());
+    wait_for(waiter.granted());
+    if (claims == nullptr) return;
+    claims->remove(*this);
+    claims->add(*this, nullptr);
   }
+
+  /// Waits for what the lane's holder fires.
+  void wait_for(base::OneShot& event) noexcept {
+    if (event.spin()) return;
+    for (;;) {
+      LaneHeir* const heir = heir_.load(std::memory_order_acquire);  // A.heir
+      if (event.wait_for(heir != nullptr ? death_watch : std::chrono::nanoseconds{-1})) return;
+      if (heir != nullptr) heir->look();
+    }
+  }
+  static constexpr std::chrono::milliseconds death_watch{20};
 
   /// Gives the lane up after running everything that waits, or hands it to a waiting hold().
   void leave() noexcept {
@@ -88,18 +133,32 @@ class alignas(base::cacheline_bytes) Lane {
         LaneNode* const node = carried_;
         carried_ = node->next_;
         if (node->kind_ == LaneNode::Kind::hand_over) {
+          if (my_lane_claims != nullptr) [[unlikely]]
+            my_lane_claims->remove(*this);
           static_cast<Waiter*>(node)->grant();  // the lane stays held; it and carried_ are the waiter's now
           return;
         }
-        node->run(true);
+        running_ = node;
+        finish(node->run(true));
         if (++served == service_max && relief_ != nullptr) relief_->call();
       }
       std::uintptr_t held = held_word;
       // R.leave - release, pairs with A.take. relaxed on failure: A.collect below orders what it brings.
-      if (word_.compare_exchange_strong(held, free_word, std::memory_order_release, std::memory_order_relaxed)) return;
+      if (word_.compare_exchange_strong(held, free_word, std::memory_order_release, std::memory_order_relaxed)) {
+        if (my_lane_claims != nullptr) [[unlikely]]
+          my_lane_claims->remove(*this);
+        return;
+      }
       // A.collect - acquire, pairs with R.publish.
       carried_ = reversed(word_.exchange(held_word, std::memory_order_acquire));
     }
+  }
+
+  /// Goes on with the turn of a thread that has ended. By the one who inherits its claims; leaves the lane.
+  void take_over() noexcept {
+    if (LaneHeir* const heir = heir_.load(std::memory_order_acquire)) heir->recover();  // A.heir
+    if (running_ != nullptr) finish(running_->resume());
+    leave();
   }
 
  private:
@@ -109,12 +168,17 @@ class alignas(base::cacheline_bytes) Lane {
   class Waiter final : public LaneNode {
    public:
     Waiter() noexcept : LaneNode{Kind::hand_over} {}
-    void wait() noexcept { granted_.wait(); }
+    base::OneShot& granted() noexcept { return granted_; }
     void grant() noexcept { granted_.fire(); }
 
    private:
     base::OneShot granted_;
   };
+
+  void finish(base::OneShot* done) noexcept {
+    running_ = nullptr;  // before it is fired: the node may go then
+    if (done != nullptr) done->fire();
+  }
 
   /// True when the lane was free and is now the caller's; otherwise the node waits in it.
   bool take_or_publish(LaneNode& node) noexcept {
@@ -149,6 +213,8 @@ class alignas(base::cacheline_bytes) Lane {
   std::atomic<std::uintptr_t> word_{free_word};
   LaneRelief* relief_ = nullptr;
   LaneNode* carried_ = nullptr;  // the holder's: nodes taken from the word and not run yet, oldest first
+  LaneNode* running_ = nullptr;  // the holder's: what it is running
+  std::atomic<LaneHeir*> heir_{nullptr};
 };
 
 /// Holds a lane for a scope.

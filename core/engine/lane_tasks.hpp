@@ -1,4 +1,5 @@
-// What a worker does for an address space: flush what is stale in time, and take over a lane that others keep busy.
+// What a worker does for an address space: flush what is stale in time, and take over a lane that others keep busy; and
+// what others do for it when the worker has ended.
 #pragma once
 
 #include "engine/batch_executor.hpp"
@@ -29,6 +30,27 @@ class StaleFlusher final : public WorkerTask, public StaleTimer {
 
   Worker& worker_;
   Lane& lane_;
+  SpaceState& state_;
+  BatchExecutor& executor_;
+};
+
+/// Settles what a worker that ended left behind. Lives as long as the lane.
+class WorkerHeir final : public LaneHeir {
+ public:
+  WorkerHeir(Worker& worker, SpaceState& state, BatchExecutor& executor) noexcept
+      : worker_{worker}, state_{state}, executor_{executor} {}
+
+  void look() noexcept override { worker_.inherit_if_dead(); }
+  void recover() noexcept override {
+    executor_.recover();
+    // The thread may have been the timer, and ended before it said when to run again.
+    if (state_.closed || state_.stale_timer == nullptr) return;
+    state_.stale_timer_armed = !state_.stale->empty();
+    if (state_.stale_timer_armed) state_.stale_timer->arm();
+  }
+
+ private:
+  Worker& worker_;
   SpaceState& state_;
   BatchExecutor& executor_;
 };

@@ -28,7 +28,7 @@ Result<MemoryId> MemoryTable::add(backends::RegionId region, Bytes length) noexc
     index = static_cast<std::uint32_t>(entries_.size() - 1);
   }
   Entry& entry = entries_[index];
-  entry = Entry{region, length, entry.generation + 1, 0, true, true};
+  entry = Entry{.region = region, .length = length, .generation = entry.generation + 1, .owned = true, .used = true};
   return id_of(index);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "backends/backend.hpp"
@@ -21,7 +22,10 @@ class MemoryTable {
     std::uint32_t mappings = 0;  ///< live or being unmapped
     bool owned = false;          ///< the Memory object lives
     bool used = false;
+    bool orphan = false;  ///< in the list of orphans
+    std::uint32_t next_orphan = none;
   };
+  static constexpr std::uint32_t none = ~std::uint32_t{0};
 
   /// Reserves room for every entry up to the bound lazily; throws nothing.
   explicit MemoryTable(std::uint32_t entries_max) noexcept : entries_max_{entries_max} {}
@@ -37,13 +41,26 @@ class MemoryTable {
     const Entry& entry = entries_[index];
     return entry.used && entry.generation == static_cast<std::uint32_t>(memory.value >> 32) ? index : none;
   }
-  static constexpr std::uint32_t none = ~std::uint32_t{0};
   Entry& at(std::uint32_t index) noexcept { return entries_[index]; }
   const Entry& at(std::uint32_t index) const noexcept { return entries_[index]; }
   MemoryId id_of(std::uint32_t index) const noexcept {
     return {std::uint64_t{entries_[index].generation} << 32 | (index + 1)};
   }
   void forget(std::uint32_t index) noexcept;
+  /// Remembers an entry that nobody has a use for any more, until it is taken.
+  void orphan(std::uint32_t index) noexcept {
+    if (entries_[index].orphan) return;
+    entries_[index].orphan = true;
+    entries_[index].next_orphan = std::exchange(orphans_, index);
+  }
+  bool has_orphans() const noexcept { return orphans_ != none; }
+  /// Precondition: has_orphans().
+  std::uint32_t take_orphan() noexcept {
+    const std::uint32_t index = orphans_;
+    orphans_ = entries_[index].next_orphan;
+    entries_[index].orphan = false;
+    return index;
+  }
   /// Entries ever used; at() is valid below.
   std::uint32_t size() const noexcept { return static_cast<std::uint32_t>(entries_.size()); }
 
@@ -51,6 +68,7 @@ class MemoryTable {
   std::uint32_t entries_max_;
   std::vector<Entry> entries_;
   std::vector<std::uint32_t> free_;
+  std::uint32_t orphans_ = none;  // a list through the entries
 };
 
 }  // namespace iovane::engine

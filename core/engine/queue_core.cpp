@@ -113,12 +113,26 @@ std::size_t QueueCore::wait(std::span<Completion> out, std::size_t count_min,
   return count;
 }
 
-void QueueCore::run(bool for_another) noexcept { space_->executor().run(*this, for_another); }
+base::OneShot* QueueCore::run(bool for_another) noexcept {
+  space_->executor().run(*this, for_another);
+  return nullptr;
+}
+
+base::OneShot* QueueCore::resume() noexcept {
+  space_->executor().resume(*this);
+  return nullptr;
+}
 
 void QueueCore::deliver(std::uint32_t count) noexcept {
   executed_ += count;
+  delivered_ = count;
   // R.complete - pairs with A.complete; sequentially consistent for the sake of sleeping_, see wait().
   completed_.store(executed_, std::memory_order_seq_cst);
+  announce();
+}
+
+void QueueCore::announce() noexcept {
+  // sequentially consistent: after the store in deliver(), see there.
   if (sleeping_.load(std::memory_order_seq_cst)) {
     wakeups_.fetch_add(1, std::memory_order_release);
     base::futex_wake_all(wakeups_);
@@ -129,7 +143,7 @@ void QueueCore::deliver(std::uint32_t count) noexcept {
     // A full counter (2^64-2 deliveries unread) is readable anyway; nothing else can fail on our own eventfd.
     [[maybe_unused]] const ssize_t written = ::write(target, &one, sizeof one);
   }
-  if (ring_post_) (void)ring_post_->post(count);  // what the kernel cannot post stays to be polled
+  if (ring_post_) (void)ring_post_->post(delivered_);  // what the kernel cannot post stays to be polled
 }
 
 Result<void> QueueCore::deliver_to_ring(int ring_fd, std::uint64_t user_data) noexcept {

@@ -59,7 +59,8 @@ class QueueCore final : public LaneNode {
   std::size_t outstanding() const noexcept { return staged_ - taken_; }
 
   // --- The lane holder's side.
-  void run(bool for_another) noexcept override;
+  base::OneShot* run(bool for_another) noexcept override;
+  base::OneShot* resume() noexcept override;
   /// Forgets that the node was queued, then says how far the owner has published. In this order: an owner that
   /// publishes later queues the node again.
   std::uint64_t take_published() noexcept {
@@ -73,6 +74,8 @@ class QueueCore final : public LaneNode {
   Slice next_slice() noexcept { return {operations_.data(), completions_.data(), executed_, mask_}; }
   /// Shows the completions of the next `count` operations to the owner.
   void deliver(std::uint32_t count) noexcept;
+  /// Tells the owner of the last delivery, wherever it wants to hear of it; again where a thread ended over that.
+  void announce() noexcept;
   /// True when an operation that was linked to the next one failed; lives as long as the queue, so a chain may span
   /// batches.
   bool link_broken = false;
@@ -120,6 +123,7 @@ class QueueCore final : public LaneNode {
   alignas(base::cacheline_bytes) std::atomic<std::uint64_t> completed_{0};
   std::atomic<std::uint32_t> wakeups_{0};  // futex word: changes with every delivery that somebody waits for
   std::uint64_t executed_ = 0;
+  std::uint32_t delivered_ = 0;  // by the last delivery
   std::unique_ptr<RingPost> ring_post_;
 
   // Written by the owner before it sleeps, read by the holder after it published.

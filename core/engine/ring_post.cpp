@@ -55,9 +55,12 @@ RingPost::~RingPost() {
 }
 
 bool RingPost::post(std::uint32_t count) noexcept {
-  io_uring_sqe* const sqe = io_uring_get_sqe(&uring_);
-  if (sqe == nullptr) return false;
-  io_uring_prep_msg_ring(sqe, ring_fd_, count, user_data_, 0);
+  // One that is there already is this one: a thread ended before it could send it.
+  if (io_uring_sq_ready(&uring_) == 0) {
+    io_uring_sqe* const sqe = io_uring_get_sqe(&uring_);
+    if (sqe == nullptr) return false;
+    io_uring_prep_msg_ring(sqe, ring_fd_, count, user_data_, 0);
+  }
   if (io_uring_submit_and_wait(&uring_, 1) < 0) return false;
   io_uring_cqe* cqe = nullptr;
   if (io_uring_peek_cqe(&uring_, &cqe) != 0) return false;

@@ -20,15 +20,19 @@ class SyncCall final : public LaneNode {
   SyncCall(BatchExecutor& executor, const Operation& operation) noexcept
       : LaneNode{Kind::work}, executor_{executor}, operation_{operation} {}
 
-  Completion wait() noexcept {
-    done_.wait();
+  Completion wait(Lane& lane) noexcept {
+    lane.wait_for(done_);
     return completion_;
   }
 
  private:
-  void run(bool) noexcept override {
-    completion_ = executor_.run_one(operation_);
-    done_.fire();  // the caller's frame, and with it this object, may be gone now
+  base::OneShot* run(bool) noexcept override {
+    executor_.run_one(operation_, completion_);
+    return &done_;  // fired, the caller's frame, and with it this object, may be gone
+  }
+  base::OneShot* resume() noexcept override {
+    executor_.resume();
+    return &done_;
   }
 
   BatchExecutor& executor_;
@@ -110,9 +114,12 @@ SpaceCore::~SpaceCore() {
 
 CloseReport SpaceCore::close() noexcept {
   CloseReport report;
-  // Without the lane: it unmaps through it.
+  // Without the lane: a handler may be using it.
+  stop_pump();
+  // Likewise: it unmaps through it.
   if (SpaceCache* const open = cache()) open->close();
   {
+    const std::lock_guard recovering{recovery_lock_};
     const LaneHold held{lane_};
     if (state_.closed) return report;
     if (dirty_) (void)state_.backend->stop_dirty_tracking();  // so that unmapping everything reads no marks
@@ -137,11 +144,14 @@ Result<void> SpaceCore::start_worker() {
   const auto worker = engine_->nodes().worker(node_);
   if (!worker) return worker.error();
   auto relief = std::make_unique<Relief>(**worker, lane_, state_);
+  auto heir = std::make_unique<WorkerHeir>(**worker, state_, *executor_);
   const LaneHold lane{lane_};
   if (state_.closed) return closed_error();
   worker_ = *worker;
   relief_ = std::move(relief);
   lane_.set_relief(relief_.get());
+  heir_ = std::move(heir);
+  lane_.set_heir(heir_.get());
   return {};
 }
 
@@ -172,16 +182,19 @@ Error SpaceCore::closed_error() const noexcept {
 Completion SpaceCore::run_now(const Operation& operation) noexcept {
   SyncCall call{*executor_, operation};
   lane_.enter(call);
-  return call.wait();
+  return call.wait(lane_);
 }
 
 Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
   auto attached = attach_now(device);
+  if (attached) devices_came();
   SpaceCache* const open = cache();
   if (attached || attached.error().code != Errc::iova_reserved || open == nullptr) return attached;
   // A cached mapping that nobody uses may lie where the device has a hole.
   open->evict(Bytes{~std::uint64_t{0}});
-  return attach_now(device);
+  attached = attach_now(device);
+  if (attached) devices_came();
+  return attached;
 }
 
 Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
@@ -213,13 +226,21 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
-  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) return detached;
+  if (const auto detached = release_device(backends::DeviceId{device_id}); !detached) return detached;
   if (const auto known = device_names_.find(device_id); known != device_names_.end()) {
     layout_->forget(name_of(known->second));
     device_names_.erase(known);
   }
   refresh_facts();
   return refresh_usable();
+}
+
+// Where the kernel's answer to an unmap was lost, the backend may count as mapped what the index knows to be gone.
+Result<void> SpaceCore::release_device(backends::DeviceId device) {
+  auto detached = state_.backend->detach(device);
+  if (detached || detached.error().code != Errc::busy || !state_.index.empty()) return detached;
+  if (const auto emptied = state_.backend->unmap_all(); !emptied) return emptied.error();
+  return state_.backend->detach(device);
 }
 
 Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {

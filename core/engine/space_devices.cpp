@@ -35,6 +35,12 @@ class TwoLanes {
 }  // namespace
 
 Result<DeviceInfo> SpaceCore::move_device(std::uint32_t device_id, SpaceCore& to, AddressSpace::Gap gap) {
+  auto moved = move_device_now(device_id, to, gap);
+  if (moved) to.devices_came();
+  return moved;
+}
+
+Result<DeviceInfo> SpaceCore::move_device_now(std::uint32_t device_id, SpaceCore& to, AddressSpace::Gap gap) {
   if (&to == this || engine_ != to.engine_)
     return make_error(Errc::invalid_argument, Stage::attach,
                       "a device moves between two different address spaces of one engine");
@@ -86,7 +92,7 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
     return fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this address space", device_id);
   const backends::DeviceSource source = name->second;
   if (const auto expected = to.expect_device(source); !expected) return expected.error();
-  if (const auto detached = state_.backend->detach(backends::DeviceId{device_id}); !detached) {
+  if (const auto detached = release_device(backends::DeviceId{device_id}); !detached) {
     to.layout_->forget(name_of(source));
     return detached.error();
   }
@@ -166,6 +172,17 @@ Result<void> SpaceCore::answer_page_fault(const PageFaultEvent& event, PageFault
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   return state_.backend->answer_page_fault(event.cookie, answer == PageFaultAnswer::retry);
+}
+
+int SpaceCore::fault_record_fd() noexcept {
+  const LaneHold held{lane_};
+  return state_.closed ? -1 : state_.backend->fault_record_fd();
+}
+
+Result<std::size_t> SpaceCore::read_fault_records(std::span<FaultRecord> out) noexcept {
+  const LaneHold held{lane_};
+  if (state_.closed) return closed_error();
+  return state_.backend->read_fault_records(out);
 }
 
 }  // namespace iovane::engine

@@ -32,7 +32,7 @@ class StaleSet {
     members_.reserve(std::size_t{bounds.mappings_max} + slack);
   }
 
-  bool has_room() const noexcept { return members_.size() < members_.capacity(); }
+  bool has_room(std::size_t more = 1) const noexcept { return members_.capacity() - members_.size() >= more; }
   /// Precondition: has_room().
   void add(MappingRecord& record, std::uint64_t now_ns) noexcept {
     record.tag = static_cast<std::uint32_t>(members_.size());

@@ -14,9 +14,17 @@
 #include "base/error_text.hpp"
 #include "base/fault_point.hpp"
 #include "base/futex.hpp"
+#include "engine/lane.hpp"
 #include "engine/monotonic.hpp"
 
 namespace iovane::engine {
+
+namespace {
+
+/// The worker whose role this thread has.
+thread_local const Worker* my_role = nullptr;
+
+}  // namespace
 
 /// The last thing that a worker hears of a task.
 class Worker::Farewell final : public WorkerTask {
@@ -27,6 +35,9 @@ class Worker::Farewell final : public WorkerTask {
   }
   void take() noexcept {
     worker_.set_timer(task_, never);
+    if (worker_.unfinished_ == &task_) worker_.unfinished_ = nullptr;
+    task_.watched_fd_ = -1;
+    worker_.set_watch(task_);
     done_.fire();
   }
 
@@ -52,37 +63,47 @@ Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const 
   if (!wait) return wait.error();
   try {
     std::unique_ptr<Worker> worker{new Worker{config, *std::move(wait)}};
-    const std::string name = fmt::format("iovane-w{}", index).substr(0, 15);
     // A new thread inherits the mask: signals are the host's business, none may ever be handled here.
     sigset_t all;
     sigset_t before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      if (base::fault_now(base::FaultKind::allocation)) throw std::system_error{EAGAIN, std::system_category()};
-      base::OneShot begun;  // from here on the role is the thread's
-      worker->thread_ = std::thread{
-          [self = worker.get(), &begun, name, topology, node, index, pin = config.pin, on_start = config.on_start] {
-            pthread_mutex_lock(&self->role_);
-            begun.fire();
-            pthread_setname_np(pthread_self(), name.c_str());
-            // Where it may not be pinned it runs anywhere: slower, not wrong.
-            if (pin && topology != nullptr && topology->node_count() > 1) (void)topology->pin_this_thread(node);
-            try {
-              if (on_start) on_start(index);
-              self->main();
-            } catch (const abi::__forced_unwind&) {
-              throw;  // the thread is being ended, which cannot be stopped
-            } catch (...) {
-              // The host's function threw: a worker that never was. Whoever waits for it stands in.
-            }
-            pthread_mutex_unlock(&self->role_);
-          }};
-      begun.wait();
+      for (unsigned thread = 0; thread < (config.understudy ? 2U : 1U); ++thread) {
+        if (base::fault_now(base::FaultKind::allocation)) throw std::system_error{EAGAIN, std::system_category()};
+        base::OneShot begun;  // from here on the role is the first thread's
+        worker->threads_[thread] =
+            std::thread{[=, self = worker.get(), &begun, pin = config.pin, on_start = config.on_start] {
+              const std::string name = fmt::format("iovane-{}{}", thread == 0 ? 'w' : 'u', index).substr(0, 15);
+              pthread_setname_np(pthread_self(), name.c_str());
+              // Where it may not be pinned it runs anywhere: slower, not wrong.
+              if (pin && topology != nullptr && topology->node_count() > 1) (void)topology->pin_this_thread(node);
+              my_lane_claims = &self->claims_[thread];
+              if (thread == 0) self->take_role();
+              begun.fire();
+              try {
+                if (on_start) on_start(index);
+                if (thread != 0) self->take_role();
+                self->take_over_lanes();
+                if (WorkerTask* const task = std::exchange(self->unfinished_, nullptr)) self->run(*task);
+                self->main();
+              } catch (const abi::__forced_unwind&) {
+                throw;  // the thread is being ended, which cannot be stopped
+              } catch (...) {
+                // The host's function threw: a thread that never was. Whoever waits for the worker stands in.
+                if (thread != 0) return;
+              }
+              pthread_mutex_unlock(&self->role_);
+            }};
+        begun.wait();
+      }
     } catch (const std::system_error& refused) {
       pthread_sigmask(SIG_SETMASK, &before, nullptr);
-      return base::fail(Errc::out_of_memory, Stage::open, refused.code().value(),
-                        "no thread for worker {}; the limit of processes (ulimit -u, pids.max) may be reached", name);
+      if (!worker->threads_[0].joinable())
+        return base::fail(
+            Errc::out_of_memory, Stage::open, refused.code().value(),
+            "no thread for worker iovane-w{}; the limit of processes (ulimit -u, pids.max) may be reached", index);
+      return worker;  // without an understudy: callers stand in
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return worker;
@@ -92,30 +113,76 @@ Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const 
 }
 
 Worker::~Worker() {
-  if (!thread_.joinable()) {
-    pthread_mutex_destroy(&role_);
-    return;
+  if (threads_[0].joinable()) {
+    // sequentially consistent: with sleeping_, as a post.
+    stopping_.store(true, std::memory_order_seq_cst);
+    wait_->ring();
+    for (std::thread& thread : threads_)
+      if (thread.joinable()) thread.join();
+    stand_in_if_dead();
   }
-  // sequentially consistent: with sleeping_, as a post.
-  stopping_.store(true, std::memory_order_seq_cst);
-  wait_->ring();
-  thread_.join();
-  stand_in_if_dead();
   pthread_mutex_destroy(&role_);
+}
+
+bool Worker::is_this_thread() const noexcept { return my_role == this; }
+
+// Waits for the role.
+void Worker::take_role() noexcept {
+  if (pthread_mutex_lock(&role_) == EOWNERDEAD) pthread_mutex_consistent(&role_);
+  my_role = this;
+  note_unfinished();
+  dead_.store(false, std::memory_order_relaxed);  // relaxed: see is_dead()
+}
+
+void Worker::note_unfinished() noexcept {
+  WorkerTask* const task = std::exchange(running_, nullptr);
+  if (task != nullptr && task->runs_again()) unfinished_ = task;
+}
+
+bool Worker::take_role_of_dead() noexcept {
+  const int taken = pthread_mutex_trylock(&role_);
+  if (taken == EOWNERDEAD)
+    pthread_mutex_consistent(&role_);
+  else if (taken != 0)
+    return false;  // alive, or somebody else stands in, who looks at the stack once more after letting go
+  my_role = this;
+  note_unfinished();
+  dead_.store(true, std::memory_order_relaxed);  // relaxed: see is_dead()
+  return true;
+}
+
+void Worker::give_role_back() noexcept {
+  my_role = nullptr;
+  pthread_mutex_unlock(&role_);
+}
+
+// By the one who has the role: what threads that had it before hold is theirs no more.
+void Worker::take_over_lanes() noexcept {
+  for (LaneClaims& claims : claims_) {
+    if (&claims == my_lane_claims) continue;
+    while (Lane* const lane = claims.next_held()) {
+      claims.remove(*lane);
+      if (my_lane_claims != nullptr) my_lane_claims->add(*lane, nullptr);
+      lane->take_over();
+    }
+  }
+}
+
+void Worker::inherit_if_dead() noexcept {
+  if (my_role == this) return take_over_lanes();
+  if (!take_role_of_dead()) return;
+  take_over_lanes();
+  give_role_back();
 }
 
 void Worker::stand_in_if_dead() noexcept {
   do {
-    const int taken = pthread_mutex_trylock(&role_);
-    if (taken == EOWNERDEAD)
-      pthread_mutex_consistent(&role_);
-    else if (taken != 0)
-      return;  // alive, or somebody else stands in, who looks at the stack once more after letting go
-    dead_.store(true, std::memory_order_relaxed);  // relaxed: see is_dead()
+    if (!take_role_of_dead()) return;
+    take_over_lanes();
     while (run_posted()) {
     }
     (void)run_timers();
-    pthread_mutex_unlock(&role_);
+    give_role_back();
     // sequentially consistent: after the unlock. A post whose owner found the role taken came before, and is seen here.
   } while (head_.load(std::memory_order_seq_cst) != nullptr);
 }
@@ -145,7 +212,8 @@ void Worker::main() noexcept {
   for (;;) {
     const bool worked = run_posted();
     const std::uint64_t next = run_timers();
-    if (worked) continue;
+    if (wait_->watches_any()) wait_->look();
+    if (run_watches() || worked) continue;
     // sequentially consistent, pairs with the destructor's store.
     if (stopping_.load(std::memory_order_seq_cst)) return;
     if (!spin()) rest(next);
@@ -178,7 +246,35 @@ bool Worker::run_posted() noexcept {
   return true;
 }
 
-void Worker::run(WorkerTask& task) noexcept { set_timer(task, task.run_on_worker()); }
+void Worker::run(WorkerTask& task) noexcept {
+  running_ = &task;
+  std::uint64_t again = task.run_on_worker();
+  running_ = nullptr;
+  set_watch(task);
+  // Where no further descriptor can be watched, the task looks for itself.
+  constexpr std::uint64_t look_ns = 1'000'000;
+  if (task.watched_fd_ >= 0 && !task.watch_.watched) again = std::min(again, monotonic_ns() + look_ns);
+  set_timer(task, again);
+}
+
+void Worker::set_watch(WorkerTask& task) noexcept {
+  WorkerTask::Watch& watch = task.watch_;
+  if (watch.watched && watch.fd == task.watched_fd_) return;
+  wait_->unwatch(watch);
+  if (task.watched_fd_ < 0) return;
+  watch.task = &task;
+  watch.fd = task.watched_fd_;
+  (void)wait_->watch(watch);
+}
+
+bool Worker::run_watches() noexcept {
+  bool worked = false;
+  while (DescriptorWatch* const ready = wait_->next_ready()) {
+    run(*static_cast<WorkerTask::Watch*>(ready)->task);
+    worked = true;
+  }
+  return worked;
+}
 
 void Worker::set_timer(WorkerTask& task, std::uint64_t deadline_ns) noexcept {
   task.deadline_ns_ = deadline_ns;

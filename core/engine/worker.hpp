@@ -12,22 +12,23 @@
 //   I2 the worker sleeps only after it saw an empty stack with sleeping_ set, so a post either is seen there or sees
 //   sleeping_ (Dekker; both sides sequentially consistent).
 // Linearization: post: the CAS on head_, or the exchange that found posted_ true. Taking: the exchange of head_.
-// Death: the worker's role (taking the stack, running tasks, the timers) is a robust mutex that its thread holds for
-// life.
-//   When something else ends the thread (a host's seccomp filter, say), whoever waits for the worker notices, and
-//   stands in: takes the role, runs what was posted, and lets the role go. Only a lane that the thread held stays held.
+// Death: the worker's role (taking the stack, running tasks, timers and watches) is a robust mutex that its thread
+// holds
+//   for life. A second thread, the understudy, waits for it. When something else ends the first (a host's seccomp
+//   filter, say), the kernel gives the role to the second, which finishes what the first had begun in lanes
+//   (LaneClaims) and goes on. Where there is no understudy, or it has ended too, whoever waits for the worker notices,
+//   and stands in: takes the role, runs what was posted, and lets the role go.
 // Edges: R.post/A.take on head_; posted_ by exchanges on both sides, so what was written before a post() that found it
 //   true is visible to the run that follows.
 // ABA: none; the stack is only taken as a whole.
 // Reclamation: none. A task belongs to its owner again after forget().
-// System calls: io_uring_enter (or ppoll, read), clock_gettime where the vDSO has none, futex, write (completions'
-//   eventfds, doorbells), and the backend's ioctls for tasks that execute operations; docs/ARCHITECTURE.md has the list
-//   that tests/unit/worker_test.cpp enforces by seccomp.
-// Proven by: tests/unit/worker_test.cpp, tests/stress/worker_stress_test.cpp (TSan).
+// System calls: docs/ENGINE.md has the list for each thread, which tests/unit/worker_seccomp_test.cpp enforces.
+// Proven by: tests/unit/worker_test.cpp, tests/fault/worker_death_test.cpp, tests/stress/worker_stress_test.cpp (TSan).
 #pragma once
 
 #include <pthread.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -39,6 +40,7 @@
 
 #include "base/cacheline.hpp"
 #include "base/topology.hpp"
+#include "engine/lane_claims.hpp"
 #include "engine/wait_point.hpp"
 #include "iovane/config.hpp"
 #include "iovane/result.hpp"
@@ -59,6 +61,11 @@ class WorkerTask {
  protected:
   /// On the worker's thread. Returns when it wants to run again, in nanoseconds of the monotonic clock, or `never`.
   virtual std::uint64_t run_on_worker() noexcept = 0;
+  /// Whether the understudy runs the task once more when the thread ended in it. What holds lanes needs it not.
+  virtual bool runs_again() const noexcept { return false; }
+  /// Of run_on_worker(): from then on the task also runs when `fd` is readable; -1 for no longer. The descriptor stays
+  /// open until forget().
+  void watch(int fd) noexcept { watched_fd_ = fd; }
 
  private:
   friend class Worker;
@@ -70,11 +77,16 @@ class WorkerTask {
   WorkerTask* next_timer_ = nullptr;
   WorkerTask** timer_link_ = nullptr;  // what points at this one; null: no timer
   std::uint64_t deadline_ns_ = never;
+  // The worker's: its list of watches.
+  int watched_fd_ = -1;
+  struct Watch : DescriptorWatch {
+    WorkerTask* task = nullptr;
+  } watch_{};
 };
 
 class Worker {
  public:
-  /// Starts the thread, with every signal blocked, named `name` (15 characters at most), on the CPUs of `node` when
+  /// Starts the threads, with every signal blocked, named `name` (15 characters at most), on the CPUs of `node` when
   /// `config.pin` and `topology` allow. `index` is passed to config.on_start.
   static Result<std::unique_ptr<Worker>> start(const WorkerConfig& config, const base::Topology* topology,
                                                unsigned node, unsigned index);
@@ -93,11 +105,17 @@ class Worker {
   /// For those who wait for something posted: if the worker's thread has died, runs what is posted on this thread. Not
   /// while holding what a task may wait for.
   void stand_in_if_dead() noexcept;
+  /// For those who wait for a lane: if the worker's thread has died, takes over the lanes that it held. Also while
+  /// holding another lane.
+  void inherit_if_dead() noexcept;
   /// True once somebody noticed that the thread is gone. Posting still works, but nothing runs before
   /// stand_in_if_dead().
   bool is_dead() const noexcept {
     return dead_.load(std::memory_order_relaxed);  // relaxed: a hint; the role's mutex orders what it protects
   }
+  /// True on the thread that is this worker just now.
+  bool is_this_thread() const noexcept;
+  bool has_understudy() const noexcept { return threads_[1].joinable(); }
   bool uses_io_uring() const noexcept { return wait_->uses_io_uring(); }
 
  private:
@@ -105,20 +123,31 @@ class Worker {
 
   Worker(const WorkerConfig& config, std::unique_ptr<WaitPoint> wait) noexcept;
   void push(WorkerTask& task) noexcept;
+  void take_role() noexcept;
+  bool take_role_of_dead() noexcept;
+  void give_role_back() noexcept;
+  void take_over_lanes() noexcept;
+  void note_unfinished() noexcept;
   void main() noexcept;
   bool run_posted() noexcept;
   /// Runs timers that are due; when the next one is.
   std::uint64_t run_timers() noexcept;
+  /// Runs tasks whose descriptors are readable.
+  bool run_watches() noexcept;
   void run(WorkerTask& task) noexcept;
+  void set_watch(WorkerTask& task) noexcept;
   void set_timer(WorkerTask& task, std::uint64_t deadline_ns) noexcept;
   bool spin() const noexcept;
   void rest(std::uint64_t deadline_ns) noexcept;
 
   const std::chrono::nanoseconds spin_;
   std::unique_ptr<WaitPoint> wait_;
-  std::thread thread_;
-  WorkerTask* taken_ = nullptr;   // from the stack, oldest first, and not begun
-  WorkerTask* timers_ = nullptr;  // unordered: there are as many as relaxed address spaces
+  std::array<std::thread, 2> threads_;
+  std::array<LaneClaims, 2> claims_;  // by thread
+  WorkerTask* running_ = nullptr;
+  WorkerTask* unfinished_ = nullptr;  // in which a thread ended
+  WorkerTask* taken_ = nullptr;       // from the stack, oldest first, and not begun
+  WorkerTask* timers_ = nullptr;      // unordered: there are as many as relaxed address spaces
   alignas(base::cacheline_bytes) std::atomic<WorkerTask*> head_{nullptr};
   std::atomic<bool> sleeping_{false};
   std::atomic<bool> stopping_{false};

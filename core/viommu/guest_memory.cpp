@@ -49,39 +49,39 @@ std::uint64_t from_le(std::uint64_t v) noexcept {
 }  // namespace
 
 void copy_from_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept {
-  while (n != 0) {
-    if (n >= 8 && (reinterpret_cast<std::uintptr_t>(from) & 7U) == 0) {
-      const std::uint64_t word = __atomic_load_n(reinterpret_cast<const std::uint64_t*>(from), __ATOMIC_RELAXED);
-      __builtin_memcpy(to, &word, 8);
-      to += 8, from += 8, n -= 8;
-    } else if (n >= 4 && (reinterpret_cast<std::uintptr_t>(from) & 3U) == 0) {
-      const std::uint32_t word = __atomic_load_n(reinterpret_cast<const std::uint32_t*>(from), __ATOMIC_RELAXED);
-      __builtin_memcpy(to, &word, 4);
-      to += 4, from += 4, n -= 4;
-    } else {
-      *to = static_cast<std::byte>(__atomic_load_n(reinterpret_cast<const unsigned char*>(from), __ATOMIC_RELAXED));
-      ++to, ++from, --n;
+  const auto misaligned = reinterpret_cast<std::uintptr_t>(from);
+  std::size_t i = 0;
+  if ((misaligned & 7U) == 0)
+    for (; i + 8 <= n; i += 8) {
+      const std::uint64_t word = __atomic_load_n(reinterpret_cast<const std::uint64_t*>(from + i), __ATOMIC_RELAXED);
+      __builtin_memcpy(to + i, &word, 8);
     }
-  }
+  if ((misaligned & 3U) == 0)
+    for (; i + 4 <= n; i += 4) {
+      const std::uint32_t word = __atomic_load_n(reinterpret_cast<const std::uint32_t*>(from + i), __ATOMIC_RELAXED);
+      __builtin_memcpy(to + i, &word, 4);
+    }
+  for (; i < n; ++i)
+    to[i] = static_cast<std::byte>(__atomic_load_n(reinterpret_cast<const unsigned char*>(from + i), __ATOMIC_RELAXED));
 }
 
 void copy_to_guest(std::byte* to, const std::byte* from, std::size_t n) noexcept {
-  while (n != 0) {
-    if (n >= 8 && (reinterpret_cast<std::uintptr_t>(to) & 7U) == 0) {
+  const auto misaligned = reinterpret_cast<std::uintptr_t>(to);
+  std::size_t i = 0;
+  if ((misaligned & 7U) == 0)
+    for (; i + 8 <= n; i += 8) {
       std::uint64_t word = 0;
-      __builtin_memcpy(&word, from, 8);
-      __atomic_store_n(reinterpret_cast<std::uint64_t*>(to), word, __ATOMIC_RELAXED);
-      to += 8, from += 8, n -= 8;
-    } else if (n >= 4 && (reinterpret_cast<std::uintptr_t>(to) & 3U) == 0) {
-      std::uint32_t word = 0;
-      __builtin_memcpy(&word, from, 4);
-      __atomic_store_n(reinterpret_cast<std::uint32_t*>(to), word, __ATOMIC_RELAXED);
-      to += 4, from += 4, n -= 4;
-    } else {
-      __atomic_store_n(reinterpret_cast<unsigned char*>(to), static_cast<unsigned char>(*from), __ATOMIC_RELAXED);
-      ++to, ++from, --n;
+      __builtin_memcpy(&word, from + i, 8);
+      __atomic_store_n(reinterpret_cast<std::uint64_t*>(to + i), word, __ATOMIC_RELAXED);
     }
-  }
+  if ((misaligned & 3U) == 0)
+    for (; i + 4 <= n; i += 4) {
+      std::uint32_t word = 0;
+      __builtin_memcpy(&word, from + i, 4);
+      __atomic_store_n(reinterpret_cast<std::uint32_t*>(to + i), word, __ATOMIC_RELAXED);
+    }
+  for (; i < n; ++i)
+    __atomic_store_n(reinterpret_cast<unsigned char*>(to + i), static_cast<unsigned char>(from[i]), __ATOMIC_RELAXED);
 }
 
 GuestMemory::GuestMemory() : table_{new detail::RegionTable} { base::prepare_asymmetric_barrier(); }
@@ -229,14 +229,15 @@ GuestMemory::View::View(const GuestMemory& memory, std::uint32_t stripe, std::ui
   memory.readers_[stripe].readers[phase].fetch_add(1, std::memory_order_seq_cst);
   // A.table - pairs with R.table: the regions are there. seq_cst: after the count.
   table_ = memory.table_.load(std::memory_order_seq_cst);
-  hint_ = table_->largest;
+  largest_ = table_->largest;
 }
 
 GuestMemory::View::View(View&& o) noexcept
     : memory_{std::exchange(o.memory_, nullptr)},
       table_{o.table_},
       reader_{o.reader_},
-      hint_{o.hint_},
+      largest_{o.largest_},
+      other_{o.other_},
       stripe_{o.stripe_},
       phase_{o.phase_} {}
 
@@ -245,7 +246,7 @@ const Region* GuestMemory::View::find_slow(std::uint64_t gpa) const noexcept {
   if (place == table_->regions.begin()) return nullptr;
   --place;
   if (!place->contains(gpa)) return nullptr;
-  return hint_ = &*place;
+  return other_ = &*place;
 }
 
 std::optional<std::uint64_t> GuestMemory::View::next_region_start(std::uint64_t gpa) const noexcept {

@@ -128,8 +128,8 @@ class GuestMemory::View {
 
   /// The region that holds an address, or null.
   const Region* find(std::uint64_t gpa) const noexcept {
-    if (hint_ != nullptr && hint_->contains(gpa)) [[likely]]
-      return hint_;
+    if (largest_ != nullptr && largest_->contains(gpa)) return largest_;
+    if (other_ != nullptr && other_->contains(gpa)) return other_;
     return find_slow(gpa);
   }
   /// The first address above `gpa` at which a region begins; nothing when none does.
@@ -170,7 +170,9 @@ class GuestMemory::View {
   const GuestMemory* memory_;  // null: moved from
   const detail::RegionTable* table_;
   Reader* reader_ = nullptr;  // whose View it is, if any
-  mutable const Region* hint_ = nullptr;
+  // Where a search looks first: a guest's tables and queues often lie in another region than what its devices use.
+  const Region* largest_ = nullptr;
+  mutable const Region* other_ = nullptr;
   std::uint32_t stripe_ = 0;
   std::uint32_t phase_ = 0;
 };
@@ -201,7 +203,7 @@ inline GuestMemory::View::View(const GuestMemory& memory, Reader& reader) noexce
     base::announce(reader.turns_, reader.turns_.load(std::memory_order_relaxed) + 1);
   // A.table - pairs with R.table: the regions are there. seq_cst: after the announcement.
   table_ = memory.table_.load(std::memory_order_seq_cst);
-  hint_ = table_->largest;
+  largest_ = table_->largest;
 }
 
 inline GuestMemory::View::~View() {

@@ -14,6 +14,8 @@ using namespace std::chrono_literals;
 constexpr auto wait_slice = 1ms;
 // Operations of one replay batch: large enough to merge, small enough to keep the target's own structures small.
 constexpr std::size_t replay_ops = 1024;
+// Operations of one batch that a domain has room for from the start.
+constexpr std::size_t staged_at_first = 1024;
 
 std::vector<IovaRange> intersect(const std::vector<IovaRange>& a, const std::vector<IovaRange>& b) {
   std::vector<IovaRange> out;
@@ -55,8 +57,8 @@ ShadowDomain::ShadowDomain(DomainConfig config)
       index_{config_.granule_shift, config_.address_bits, config_.nodes_max},
       granule_mask_{(std::uint64_t{1} << config_.granule_shift) - 1},
       layout_frozen_{config_.layout == LayoutPolicy::fixed} {
-  ops_.reserve(replay_ops);
-  tags_.reserve(replay_ops);
+  ops_.resize(staged_at_first);
+  tags_.resize(staged_at_first);
   recompute_usable();
 }
 
@@ -77,15 +79,15 @@ void ShadowDomain::recompute_usable() {
 
 Progress ShadowDomain::commit() noexcept {
   if (state_ != State::idle) return poll();
-  if (ops_.empty()) {
+  if (staged_ == 0) {
     finish_batch();
     return Progress::done;
   }
-  add(counters_.host_ops, ops_.size());
+  add(counters_.host_ops, staged_);
   add(counters_.batches, 1);
   bool all_well = true;
   for (Side& side : sides_) {
-    side.progress = side.target->submit(ops_, side.failures);
+    side.progress = side.target->submit({ops_.data(), staged_}, side.failures);
     all_well = all_well && side.progress == Progress::done && side.failures.empty();
   }
   if (all_well) [[likely]] {
@@ -130,8 +132,7 @@ Progress ShadowDomain::advance() noexcept {
 }
 
 void ShadowDomain::finish_batch() noexcept {
-  ops_.clear();
-  tags_.clear();
+  staged_ = 0;
   // relaxed: gauges.
   counters_.live_leaves.store(index_.leaves(), std::memory_order_relaxed);
   counters_.index_nodes.store(index_.nodes_in_use(), std::memory_order_relaxed);
@@ -166,7 +167,7 @@ bool ShadowDomain::handle_failures() noexcept {
   for (const std::uint32_t m : failed_maps) {
     const HostOp& op = ops_[m];
     bool overtaken = false;  // a later operation of the batch took the range already
-    for (std::size_t later = m + 1; later < ops_.size() && !overtaken; ++later)
+    for (std::size_t later = m + 1; later < staged_ && !overtaken; ++later)
       overtaken = ops_[later].range.overlaps(op.range);
     if (overtaken) continue;
     const ShadowIndex::Cleared cleared = index_.clear(op.range);
@@ -262,7 +263,7 @@ Result<void> ShadowDomain::run_and_wait(Side& side, std::span<const HostOp> ops)
 }
 
 Result<void> ShadowDomain::attach(const View& view, ShadowTarget& target) {
-  if (state_ != State::idle || !ops_.empty())
+  if (state_ != State::idle || staged_ != 0)
     return base::fail(Errc::busy, Stage::attach, 0, "{}: a batch is not finished; poll() until it is", config_.name);
   if (attached(target))
     return base::fail(Errc::busy, Stage::attach, 0, "{}: {} is attached already", config_.name, target.name());
@@ -305,7 +306,7 @@ Result<void> ShadowDomain::detach(ShadowTarget& target) {
     wait(wait_slice);
     static_cast<void>(poll());
   }
-  if (!ops_.empty()) commit_and_wait();
+  if (staged_ != 0) commit_and_wait();
   const auto place = std::find_if(sides_.begin(), sides_.end(), [&](const Side& s) { return s.target == &target; });
   if (place == sides_.end())
     return base::fail(Errc::not_found, Stage::detach, 0, "{}: {} is not attached", config_.name, target.name());

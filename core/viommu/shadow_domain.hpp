@@ -115,11 +115,11 @@ class ShadowDomain {
   /// Sends the staged edits to the targets as one batch. `pending`: poll() until done. No edits while pending.
   Progress commit() noexcept;
   Progress poll() noexcept;
-  bool idle() const noexcept { return state_ == State::idle && ops_.empty(); }
+  bool idle() const noexcept { return state_ == State::idle && staged_ == 0; }
   /// A batch has not ended yet: no edits now.
   bool in_flight() const noexcept { return state_ != State::idle; }
   /// Edits staged and not yet committed.
-  std::size_t staged() const noexcept { return ops_.size(); }
+  std::size_t staged() const noexcept { return staged_; }
   /// commit(), then waits for the end.
   void commit_and_wait() noexcept;
   void wait(std::chrono::nanoseconds timeout) noexcept;
@@ -160,6 +160,11 @@ class ShadowDomain {
 
   bool map_one(const View& view, const IovaRange& range, std::uint64_t gpa, Access access, std::uint32_t tag) noexcept;
   bool unmap_one(const IovaRange& range, CutRule rule, std::uint32_t tag) noexcept;
+  Result<void> map_any(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
+                       std::uint32_t tag) noexcept;
+  Result<std::uint32_t> unmap_any(const View& view, IovaRange range, CutRule rule, std::uint32_t tag) noexcept;
+  Result<bool> assign_any(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
+                          std::uint32_t tag) noexcept;
   Result<void> check_range(const IovaRange& range, std::uint64_t gpa, Access access) const noexcept;
   Result<void> map_pieces(const View& view, IovaRange range, std::uint64_t gpa, Access access, bool head,
                           std::uint32_t tag) noexcept;
@@ -203,8 +208,10 @@ class ShadowDomain {
   State state_ = State::idle;
   bool cut_in_place_ = false;   // every target can cut
   bool layout_frozen_ = false;  // host_constrained: promised holds what the first target offered
+  // Room for operations, and for the tags of the edits they came from; the first staged_ are of this batch.
   std::vector<HostOp> ops_;
-  std::vector<std::uint32_t> tags_;  // of ops_
+  std::vector<std::uint32_t> tags_;
+  std::size_t staged_ = 0;
   std::vector<EditFailure> failures_;
   std::vector<Side> sides_;
   std::vector<IovaRange> usable_;

@@ -19,28 +19,32 @@ constexpr std::uint64_t backed_or_unit = LeafWord::backed | LeafWord::unit;
 
 bool ShadowDomain::stage(const HostOp& op, std::uint32_t tag) noexcept {
   if (sides_.empty()) return true;  // nobody to tell
-  try {
-    ops_.push_back(op);
-    tags_.push_back(tag);
-  } catch (const std::bad_alloc&) {
-    ops_.resize(tags_.size());
-    return false;
+  if (staged_ == ops_.size()) {
+    try {
+      tags_.resize(2 * staged_);
+      ops_.resize(2 * staged_);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
   }
+  ops_[staged_] = op;
+  tags_[staged_++] = tag;
   return true;
 }
 
 // A map or an unmap of one granule, written where it stays. False: no room without an allocation; stage() makes it.
-inline bool ShadowDomain::stage_one(HostOp::Kind kind, const IovaRange& range, const Region* region, std::uint64_t gpa,
-                                    Access access, std::uint32_t tag) noexcept {
+[[gnu::always_inline]] inline bool ShadowDomain::stage_one(HostOp::Kind kind, const IovaRange& range,
+                                                           const Region* region, std::uint64_t gpa, Access access,
+                                                           std::uint32_t tag) noexcept {
   if (sides_.empty()) return true;
-  if (ops_.size() == ops_.capacity() || tags_.size() == tags_.capacity()) return false;
-  HostOp& op = ops_.emplace_back();
+  if (staged_ == ops_.size()) return false;
+  HostOp& op = ops_[staged_];
   op.range.start = range.start;
   op.range.last = range.last;
   op.kind = kind;
   op.access = access;
   if (region != nullptr) op.region = region->id, op.region_offset = gpa - region->gpa;
-  tags_.push_back(tag);
+  tags_[staged_++] = tag;
   return true;
 }
 
@@ -75,11 +79,52 @@ Result<void> ShadowDomain::check_range(const IovaRange& range, std::uint64_t gpa
   return {};
 }
 
+// The common edits, cut short: one granule of RAM, where the index and the last region and usable range are at hand.
+// False: nothing was done, take the long way, which also has the errors.
+[[gnu::always_inline]] inline bool ShadowDomain::map_one(const View& view, const IovaRange& range, std::uint64_t gpa,
+                                                         Access access, std::uint32_t tag) noexcept {
+  if (range.span() != granule_mask_ || ((range.start.value | gpa) & granule_mask_) != 0 || access == Access::none)
+    return false;
+  std::uint64_t* slot = index_.granule_slot(range.start.value);
+  if (slot == nullptr || *slot != 0) return false;
+  const Region* region = view.find(gpa);
+  const IovaRange* usable = usable_at(range.start.value);
+  if (region == nullptr || usable == nullptr || usable->last < range.last || region->last - gpa < granule_mask_ ||
+      (region->read_only && may_write(access)))
+    return false;
+  if (!stage_one(HostOp::Kind::map, range, region, gpa, access, tag)) return false;
+  index_.fill_granule(slot, LeafWord::make(gpa, access) | LeafWord::backed | LeafWord::unit | LeafWord::head);
+  add(counters_.leaves_mapped, 1);
+  return true;
+}
+
+[[gnu::always_inline]] inline bool ShadowDomain::unmap_one(const IovaRange& range, CutRule rule,
+                                                           std::uint32_t tag) noexcept {
+  if (range.span() != granule_mask_ || (range.start.value & granule_mask_) != 0) return false;
+  std::uint64_t* slot = index_.granule_slot(range.start.value);
+  const auto place = (range.start.value >> index_.granule_shift()) & (ShadowIndex::fan - 1);
+  if (slot == nullptr || place == ShadowIndex::fan - 1) return false;
+  // The granule is a host mapping of its own: it begins one, and what follows begins another, or is none.
+  const std::uint64_t begins = rule == CutRule::refuse ? LeafWord::unit | LeafWord::head : LeafWord::unit;
+  const std::uint64_t after = slot[1];
+  if ((*slot & (begins | LeafWord::backed)) != (begins | LeafWord::backed)) return false;
+  if (after != 0 && (after & begins) != begins) return false;
+  if (!stage_one(HostOp::Kind::unmap, range, nullptr, 0, Access::none, tag)) return false;
+  index_.clear_granule(slot);
+  add(counters_.leaves_unmapped, 1);
+  return true;
+}
+
 Result<void> ShadowDomain::map(const View& view, IovaRange range, std::uint64_t gpa, Access access,
                                std::uint32_t tag) noexcept {
   begin_edit();
   if (map_one(view, range, gpa, access, tag)) [[likely]]
     return {};
+  return map_any(view, range, gpa, access, tag);
+}
+
+[[gnu::noinline]] Result<void> ShadowDomain::map_any(const View& view, const IovaRange& range, std::uint64_t gpa,
+                                                     Access access, std::uint32_t tag) noexcept {
   if (auto checked = check_range(range, gpa, access); !checked) return checked;
   if (!index_.is_free(range))
     return base::fail(Errc::iova_busy, Stage::validate, 0, "{}: something is mapped in {:#x}..{:#x}", config_.name,
@@ -87,51 +132,10 @@ Result<void> ShadowDomain::map(const View& view, IovaRange range, std::uint64_t 
   return map_pieces(view, range, gpa, access, true, tag);
 }
 
-// The common edits, cut short: one granule of RAM, where the index and the last region and usable range are at hand.
-// False: nothing was done, take the long way, which also has the errors.
-bool ShadowDomain::map_one(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
-                           std::uint32_t tag) noexcept {
-  if (range.span() != granule_mask_ || ((range.start.value | gpa) & granule_mask_) != 0 || access == Access::none)
-    return false;
-  const Region* region = view.find(gpa);
-  const IovaRange* usable = usable_at(range.start.value);
-  if (region == nullptr || usable == nullptr || usable->last < range.last || region->last - gpa < granule_mask_ ||
-      (region->read_only && may_write(access)))
-    return false;
-  constexpr std::uint64_t flags = LeafWord::backed | LeafWord::unit | LeafWord::head;
-  if (!index_.fill_one(range.start.value, LeafWord::make(gpa, access) | flags)) return false;
-  if (!stage_one(HostOp::Kind::map, range, region, gpa, access, tag)) {
-    index_.clear_one(range.start.value);
-    return false;
-  }
-  add(counters_.leaves_mapped, 1);
-  return true;
-}
-
-bool ShadowDomain::unmap_one(const IovaRange& range, CutRule rule, std::uint32_t tag) noexcept {
-  if (range.span() != granule_mask_ || (range.start.value & granule_mask_) != 0) return false;
-  const std::uint64_t* slots = index_.leaf_slots(range.start.value);
-  const auto place = (range.start.value >> index_.granule_shift()) & (ShadowIndex::fan - 1);
-  if (slots == nullptr || place == ShadowIndex::fan - 1) return false;
-  // The granule is a host mapping of its own: it begins one, and what follows begins another, or is none.
-  const std::uint64_t begins = rule == CutRule::refuse ? LeafWord::unit | LeafWord::head : LeafWord::unit;
-  const std::uint64_t word = slots[place];
-  const std::uint64_t after = slots[place + 1];
-  if ((word & (begins | LeafWord::backed)) != (begins | LeafWord::backed)) return false;
-  if (after != 0 && (after & begins) != begins) return false;
-  if (!index_.clear_one(range.start.value)) return false;
-  if (!stage_one(HostOp::Kind::unmap, range, nullptr, 0, Access::none, tag)) {
-    index_.fill_one(range.start.value, word);
-    return false;
-  }
-  add(counters_.leaves_unmapped, 1);
-  return true;
-}
-
 // A range becomes one index run and at most one host mapping per piece; pieces end where RAM or usable IOVAs do.
 Result<void> ShadowDomain::map_pieces(const View& view, IovaRange range, std::uint64_t gpa, Access access, bool head,
                                       std::uint32_t tag) noexcept {
-  const std::size_t ops_before = ops_.size();
+  const std::size_t staged_before = staged_;
   std::uint64_t at = range.start.value;
   std::uint64_t first_flags = head ? LeafWord::head : 0;
   std::uint32_t leaves = 0;
@@ -169,7 +173,7 @@ Result<void> ShadowDomain::map_pieces(const View& view, IovaRange range, std::ui
     if (staged && backed) staged = stage({here, gpa - region->gpa, region->id, HostOp::Kind::map, access}, tag);
     if (!staged) {
       static_cast<void>(index_.clear({range.start, here.last}));
-      if (!sides_.empty()) ops_.resize(ops_before), tags_.resize(ops_before);
+      staged_ = staged_before;
       return filled ? no_memory() : filled.error();
     }
     leaves += *filled;
@@ -232,6 +236,11 @@ Result<std::uint32_t> ShadowDomain::unmap(const View& view, IovaRange range, Cut
   begin_edit();
   if (unmap_one(range, rule, tag)) [[likely]]
     return 1U;
+  return unmap_any(view, range, rule, tag);
+}
+
+[[gnu::noinline]] Result<std::uint32_t> ShadowDomain::unmap_any(const View& view, IovaRange range, CutRule rule,
+                                                                std::uint32_t tag) noexcept {
   if (!range.well_formed() || range.start > index_.everything().last) return 0U;
   range.last = std::min(range.last, index_.everything().last);
   if (rule == CutRule::cut) {  // a granule is the smallest thing there is
@@ -295,6 +304,11 @@ Result<bool> ShadowDomain::assign(const View& view, IovaRange range, std::uint64
                                   std::uint32_t tag) noexcept {
   begin_edit();
   if (map_one(view, range, gpa, access, tag)) return true;  // there was nothing, and it is as simple as can be
+  return assign_any(view, range, gpa, access, tag);
+}
+
+[[gnu::noinline]] Result<bool> ShadowDomain::assign_any(const View& view, const IovaRange& range, std::uint64_t gpa,
+                                                        Access access, std::uint32_t tag) noexcept {
   if (auto checked = check_range(range, gpa, access); !checked) return checked.error();
   switch (index_.match(range, LeafWord::make(gpa, access))) {
     case ShadowIndex::Match::equal: return false;

@@ -100,25 +100,23 @@ class ShadowIndex {
   /// Fills a free range with leaves: contiguous guest physical memory from `word`; `flags_first` are added to the first
   /// leaf only. All or nothing; limit_reached or out_of_memory when nodes run out. Returns the number of leaves.
   Result<std::uint32_t> fill(const IovaRange& range, std::uint64_t word, std::uint64_t flags_first) noexcept;
-  /// fill() and clear() of one granule whose level-0 node is there; otherwise, or when its slot is not free (is free),
-  /// false and nothing changed.
-  bool fill_one(std::uint64_t iova, std::uint64_t word) noexcept {
-    std::uint64_t* slot = cached_slot(iova);
-    if (slot == nullptr || *slot != 0) return false;
+  /// The slot of one granule whose level-0 node is there; null otherwise. Good until the next edit of the index.
+  std::uint64_t* granule_slot(std::uint64_t iova) noexcept {
+    if (iova > last_address_ || leaf_slots(iova) == nullptr) return nullptr;
+    return &const_cast<Node*>(cached_node_)->slots[slot_of(iova, 0)];
+  }
+  /// fill() of a free slot and clear() of one that is not, right after granule_slot() gave it.
+  void fill_granule(std::uint64_t* slot, std::uint64_t word) noexcept {
     auto* node = const_cast<Node*>(cached_node_);
     if (node->used++ == 0) --nodes_empty_;
     ++leaves_;
     store(*slot, word);
-    return true;
   }
-  bool clear_one(std::uint64_t iova) noexcept {
-    std::uint64_t* slot = cached_slot(iova);
-    if (slot == nullptr || *slot == 0) return false;
+  void clear_granule(std::uint64_t* slot) noexcept {
     auto* node = const_cast<Node*>(cached_node_);
     if (--node->used == 0) ++nodes_empty_;
     --leaves_;
     store(*slot, 0);
-    return true;
   }
   /// Makes `iova` the start of a leaf, if one covers it, by breaking larger leaves. Changes no meaning.
   Result<void> split_at(std::uint64_t iova) noexcept;
@@ -153,10 +151,6 @@ class ShadowIndex {
     __atomic_store_n(&slot, word, __ATOMIC_RELEASE);
   }
 
-  std::uint64_t* cached_slot(std::uint64_t iova) noexcept {
-    if (iova > last_address_ || leaf_slots(iova) == nullptr) return nullptr;
-    return &const_cast<Node*>(cached_node_)->slots[slot_of(iova, 0)];
-  }
   const Node* find_leaf_node(std::uint64_t iova) const noexcept;
   Node* take_node(unsigned level) noexcept;
   void give_node(Node* node) noexcept;

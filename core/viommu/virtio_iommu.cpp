@@ -75,7 +75,7 @@ std::size_t VirtioIommu::handle(std::span<const Request> requests) noexcept {
   }
   const std::size_t room = config_.requests_max - slots_.size();
   const std::size_t n = std::min(room, requests.size());
-  for (const Request& request : requests.first(n)) slots_.emplace_back(request);
+  slots_.insert(slots_.end(), requests.begin(), requests.begin() + static_cast<std::ptrdiff_t>(n));
   static_cast<void>(advance());
   return n;
 }
@@ -94,11 +94,13 @@ bool VirtioIommu::start_requests() noexcept {
   const auto view = reader_.view();
   bool any = false;
   bool passed_held = false;
-  for (std::size_t i = next_; i < slots_.size(); ++i) {
-    Slot& slot = slots_[i];
+  Slot* const slots = slots_.data();
+  const std::size_t count = slots_.size();
+  for (std::size_t i = next_; i < count; ++i) {
+    Slot& slot = slots[i];
     if (slot.state <= Slot::State::held) {
       if (slot.state == Slot::State::fresh) copy_request(slot);
-      if (!start(view, static_cast<std::uint32_t>(i))) break;
+      if (!start(view, slot, static_cast<std::uint32_t>(i))) break;
       any = any || slot.state != Slot::State::held;
     }
     passed_held = passed_held || slot.state == Slot::State::held;
@@ -108,7 +110,7 @@ bool VirtioIommu::start_requests() noexcept {
   return any;
 }
 
-void VirtioIommu::copy_request(Slot& slot) noexcept {
+inline void VirtioIommu::copy_request(Slot& slot) noexcept {
   ++stats_.requests;
   slot.bytes[0] = std::byte{0};  // no request type; start() reads no more than it was given
   copy_from_guest(slot.bytes.data(), slot.request.readable.data(),
@@ -133,8 +135,10 @@ bool VirtioIommu::commit_domains() noexcept {
   }
   dirty_.resize(pending);
   if (pending == before) return false;
-  for (std::size_t i = open_; i < slots_.size(); ++i) {
-    Slot& slot = slots_[i];
+  Slot* const slots = slots_.data();
+  const std::size_t count = slots_.size();
+  for (std::size_t i = open_; i < count; ++i) {
+    Slot& slot = slots[i];
     if (slot.state == Slot::State::staged && !slot.domain->dirty) answer(slot, slot.status);
     if (i == open_ && slot.state >= Slot::State::answered) ++open_;
   }
@@ -142,10 +146,15 @@ bool VirtioIommu::commit_domains() noexcept {
 }
 
 void VirtioIommu::answer(Slot& slot, Status status) noexcept {
-  std::array<std::byte, virtio::tail_bytes> tail{};
-  tail[0] = static_cast<std::byte>(status);
-  const auto at = slot.request.writable.size() - tail.size();
-  copy_to_guest(slot.request.writable.data() + at, tail.data(), tail.size());
+  std::byte* const at = slot.request.writable.data() + (slot.request.writable.size() - virtio::tail_bytes);
+  if ((reinterpret_cast<std::uintptr_t>(at) & 3U) == 0) [[likely]] {
+    auto tail = static_cast<std::uint32_t>(status);  // its lowest byte first
+    if constexpr (std::endian::native == std::endian::big) tail = __builtin_bswap32(tail);
+    __atomic_store_n(reinterpret_cast<std::uint32_t*>(at), tail, __ATOMIC_RELAXED);
+  } else {
+    const std::array<std::byte, virtio::tail_bytes> tail{static_cast<std::byte>(status)};
+    copy_to_guest(at, tail.data(), tail.size());
+  }
   slot.written = static_cast<std::uint32_t>(slot.request.writable.size());
   slot.state = Slot::State::answered;
   if (status != Status::ok) ++stats_.refused;
@@ -153,8 +162,10 @@ void VirtioIommu::answer(Slot& slot, Status status) noexcept {
 
 std::size_t VirtioIommu::take_answers(std::span<Answer> out) noexcept {
   std::size_t n = 0;
-  for (std::size_t i = taken_; n < out.size() && i < slots_.size(); ++i) {
-    Slot& slot = slots_[i];
+  Slot* const slots = slots_.data();
+  const std::size_t count = slots_.size();
+  for (std::size_t i = taken_; n < out.size() && i < count; ++i) {
+    Slot& slot = slots[i];
     if (slot.state == Slot::State::answered) {
       out[n++] = {slot.request.cookie, slot.written};
       slot.state = Slot::State::taken;

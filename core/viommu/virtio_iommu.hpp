@@ -140,7 +140,8 @@ class VirtioIommu {
       answered,
       taken,
     };
-    explicit Slot(const Request& r) noexcept : request{r} {}
+    // NOLINTNEXTLINE(google-explicit-constructor): a range of requests becomes a range of slots
+    Slot(const Request& r) noexcept : request{r} {}
     Request request;
     std::uint32_t written = 0;
     virtio::Status status = virtio::Status::ok;
@@ -164,7 +165,7 @@ class VirtioIommu {
   void update_reserved(Domain& domain);
   void copy_request(Slot& slot) noexcept;
   bool start_requests() noexcept;
-  bool start(const GuestMemory::View& view, std::uint32_t index) noexcept;
+  bool start(const GuestMemory::View& view, Slot& slot, std::uint32_t index) noexcept;
   void answer(Slot& slot, virtio::Status status) noexcept;
   virtio::Status do_attach(const Bytes72& bytes) noexcept;
   virtio::Status do_detach(const Bytes72& bytes) noexcept;

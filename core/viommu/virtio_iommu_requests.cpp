@@ -36,8 +36,7 @@ Status status_of(const Error& error) noexcept {
 
 // False: it must wait until everything before it was answered, and so must all behind it. It stays held when only its
 // domain's batch is in the way.
-bool VirtioIommu::start(const GuestMemory::View& view, std::uint32_t index) noexcept {
-  Slot& slot = slots_[index];
+bool VirtioIommu::start(const GuestMemory::View& view, Slot& slot, std::uint32_t index) noexcept {
   const Bytes72& bytes = slot.bytes;
   const auto type = static_cast<RequestType>(bytes[0]);
   std::size_t need = 0;

@@ -26,6 +26,7 @@ Vtd::Vtd(const GuestMemory& memory, VtdConfig config, VtdEvents& events)
   // What the data path pushes to is never longer than this, so it never allocates.
   tasks_.reserve(tasks_max + 2 * (config_.domains_max + std::size_t{1}));
   dirty_.reserve(config_.domains_max + std::size_t{1});
+  waits_.resize(1);  // of execute()
 }
 
 Vtd::~Vtd() { finish(); }
@@ -46,7 +47,7 @@ Progress Vtd::advance() noexcept {
   for (;;) {
     if (!dirty_.empty() && !commit_domains()) return Progress::pending;
     if (tasks_.empty()) {  // the round that an earlier call left is over
-      if (!waits_.empty()) finish_round(view);
+      if (waits_pending_ != 0) finish_round(view);
       if (any_stale_) move_stale_endpoints(view);
     }
     const bool read_all = read_descriptors(view);
@@ -63,35 +64,57 @@ Progress Vtd::advance() noexcept {
   return Progress::done;
 }
 
-inline void Vtd::add_wait(const VtdDescriptor& d) noexcept {
-  ++stats_.waits;
-  waits_.push_back({d.write_status, d.interrupt, d.status_address, d.status_data});
+inline bool Vtd::may_read() const noexcept {
+  return budget_.left != 0 && !any_stale_ && waits_pending_ != waits_.size() &&
+         !(tasks_wait() && tasks_.size() - task_next_ >= tasks_max);
+}
+
+// Page invalidations and waits, which are nearly all there is; stops at anything else, and where may_read() must be
+// asked again. The number of descriptors read.
+std::uint32_t Vtd::read_common(const GuestMemory::View& view, VtdQueue::Run& run) noexcept {
+  const std::uint32_t count = run.count;
+  for (; run.count != 0 && count - run.count < budget_.left; run.skip()) {
+    const VtdRawDescriptor raw = run.first();
+    if (is_wait(raw)) {
+      if (waits_pending_ == waits_.size()) break;
+      waits_[waits_pending_++] = {raw[0], raw[1]};
+    } else if (is_page_invalidation(raw, config_.descriptors)) {
+      if (!invalidate_named_page(view, raw)) {
+        VtdDescriptor pages;
+        decode_page_invalidation(raw, pages);
+        invalidate_pages(view, pages);
+        if (tasks_wait()) {
+          run.skip();
+          break;
+        }
+      }
+    } else {
+      break;
+    }
+  }
+  const std::uint32_t read = count - run.count;
+  static_cast<void>(budget_.take(read));
+  stats_.descriptors += read;
+  return read;
 }
 
 // True when there is nothing more to read. Stops at a descriptor that moves endpoints.
 bool Vtd::read_descriptors(const GuestMemory::View& view) noexcept {
   if (!queue_.on() || queue_error_) return true;
   while (!queue_.all_read()) {
-    if (budget_.left == 0 || any_stale_ || tasks_.size() - task_next_ >= tasks_max || waits_.size() >= queue_.entries())
-      return false;
-    VtdRawDescriptor raw;
-    const bool readable = queue_.peek(view, raw);
-    if (readable && is_wait(raw)) {
-      VtdDescriptor wait;
-      decode_wait(raw, wait);
-      queue_.skip();
-      static_cast<void>(budget_.take(1));
-      ++stats_.descriptors;
-      add_wait(wait);
+    if (!may_read()) return false;
+    VtdQueue::Run run = queue_.unread(view);
+    if (const std::uint32_t read = read_common(view, run); read != 0) {
+      queue_.skip(read);
       continue;
     }
-    const auto descriptor = readable ? decode_descriptor(raw, config_.descriptors) : std::nullopt;
+    const auto descriptor = run.count != 0 ? decode_descriptor(run.first(), config_.descriptors) : std::nullopt;
     if (!descriptor) {
       queue_error_ = true;
       ++stats_.queue_errors;
       return true;
     }
-    queue_.skip();
+    queue_.skip(1);
     static_cast<void>(budget_.take(1));
     apply(view, *descriptor);
   }
@@ -108,7 +131,9 @@ void Vtd::apply(const GuestMemory::View& view, const VtdDescriptor& d) noexcept 
     case Kind::iotlb:
     case Kind::pasid_iotlb: invalidate(view, d); return;
     case Kind::interrupt_cache: events_.interrupt_cache_invalidated(d); return;
-    case Kind::wait: add_wait(d); return;
+    case Kind::wait:  // by execute(): from a queue they never come here, and none is pending
+      waits_[waits_pending_++] = {encode_wait_flags(d), d.status_address};
+      return;
     case Kind::device_iotlb:
     case Kind::pasid_device_iotlb: return;  // the host invalidates its devices' caches when it unmaps
   }
@@ -133,12 +158,15 @@ bool Vtd::commit_domains() noexcept {
 // Everything that was read is in effect: the guest may know.
 void Vtd::finish_round(const GuestMemory::View& view) noexcept {
   queue_.complete();
-  for (const PendingWait& w : waits_) {
+  stats_.waits += waits_pending_;
+  for (const PendingWait& w : std::span{waits_}.first(waits_pending_)) {
+    VtdDescriptor wait;
+    decode_wait({w.flags_and_data, w.status_address, 0, 0}, wait);
     // A status address that is not RAM is the guest's own loss.
-    if (w.write_status) static_cast<void>(view.write_le32(w.address, w.data));
-    if (w.interrupt) events_.wait_completed();
+    if (wait.write_status) static_cast<void>(view.write_le32(wait.status_address, wait.status_data));
+    if (wait.interrupt) events_.wait_completed();
   }
-  waits_.clear();
+  waits_pending_ = 0;
   if (queue_error_ && !std::exchange(error_reported_, true)) events_.queue_error(head());
 }
 
@@ -146,7 +174,7 @@ bool Vtd::set_queue(std::uint64_t iqa) noexcept {
   finish();
   const bool is_one = queue_.set(iqa, config_.capabilities.scalable);
   queue_error_ = error_reported_ = false;
-  waits_.reserve(queue_.entries());
+  waits_.resize(queue_.entries());
   return is_one;
 }
 

@@ -161,11 +161,9 @@ class Vtd {
     IovaRange range{};
     bool empties = false;
   };
-  struct PendingWait {
-    bool write_status = false;
-    bool interrupt = false;
-    std::uint64_t address = 0;
-    std::uint32_t data = 0;
+  struct PendingWait {  // as its descriptor has it
+    std::uint64_t flags_and_data = 0;
+    std::uint64_t status_address = 0;
   };
 
   Endpoint* find(std::uint16_t source, std::optional<std::uint32_t> pasid) noexcept;
@@ -178,9 +176,16 @@ class Vtd {
   Result<Domain*> domain_for(const GuestMemory::View& view, const VtdBinding& binding) noexcept;
   Domain& make_domain(const VtdBinding& binding);
   void drop_unused_domains() noexcept;
-  void add_wait(const VtdDescriptor& d) noexcept;
-  std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) const noexcept;
+  std::uint32_t read_common(const GuestMemory::View& view, VtdQueue::Run& run) noexcept;
+  std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) noexcept;
+  bool tasks_wait() const noexcept { return task_next_ != tasks_.size(); }
+  bool may_read() const noexcept;
+  static bool is_named(const VtdDescriptor& d, const Domain& domain) noexcept;
   void invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
+  bool invalidate_named_page(const GuestMemory::View& view, const VtdRawDescriptor& raw) noexcept;
+  void invalidate_pages(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
+  void compare_pages(const GuestMemory::View& view, Domain& domain, const IovaRange& named, bool now) noexcept;
+  bool compare_page(const GuestMemory::View& view, Domain& domain, std::uint64_t iova) noexcept;
   bool compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept;
   bool note(Domain& domain, const SyncOutcome& outcome) noexcept;
   void compare(Domain& domain, const IovaRange& range) noexcept;
@@ -206,11 +211,12 @@ class Vtd {
     std::size_t first = 0;
     std::size_t count = 0;
   };
-  mutable Named named_;
+  Named named_;
   std::vector<Domain*> dirty_;  // with staged edits or a batch in flight
   std::vector<Task> tasks_;     // first in, first out from task_next_
   std::size_t task_next_ = 0;
-  std::vector<PendingWait> waits_;  // of this round, in order
+  std::vector<PendingWait> waits_;  // room for as many as the queue has descriptors; of this round, in order:
+  std::size_t waits_pending_ = 0;   // so many
   WorkBudget budget_{};
   std::uint64_t rtaddr_ = 0;
   bool enabled_ = false;

@@ -6,42 +6,86 @@
 
 namespace iovane::viommu {
 
+// PASID-based invalidation concerns first-level tables only, the other one second-level tables; a guest that
+// invalidates more than it must is not wrong, so the IOTLB kind is taken for both.
+bool Vtd::is_named(const VtdDescriptor& d, const Domain& domain) noexcept {
+  return domain.binding.kind == VtdBinding::Kind::paging &&
+         (d.kind == VtdDescriptor::Kind::iotlb || domain.rules.first());
+}
+
 void Vtd::invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept {
-  using Scope = VtdDescriptor::Scope;
+  if (d.scope == VtdDescriptor::Scope::page) return invalidate_pages(view, d);
   const auto named_domains = domains_named(d);
   static_cast<void>(budget_.take(named_domains.size()));
   for (const auto& owned : named_domains) {
     Domain& domain = *owned;
-    if (domain.binding.kind != VtdBinding::Kind::paging) continue;
-    // PASID-based invalidation concerns first-level tables only, the other one second-level tables; a guest that
-    // invalidates more than it must is not wrong, so the IOTLB kind is taken for both.
-    if (d.kind == VtdDescriptor::Kind::pasid_iotlb && !domain.rules.first()) continue;
-    if (d.scope != Scope::page) {
-      domain.failed = false;
-      compare(domain, domain.inputs.low);
-      if (domain.inputs.high) compare(domain, *domain.inputs.high);
-      continue;
-    }
-    if (domain.failed) continue;
-    const IovaRange named{Iova{d.first_address()}, Iova{d.last_address()}};
-    const bool nothing_waits = task_next_ == tasks_.size();
-    if (nothing_waits && compare_run(view, domain, named)) [[likely]]
-      continue;
-    if (const auto low = domain.inputs.low.intersection(named); low) {
-      if (nothing_waits) {  // do it now
-        Task task{&domain, *low};
-        run_task(view, task);
-        if (task.domain != nullptr) tasks_.push_back(task);
-      } else {
-        compare(domain, *low);
-      }
-    }
-    if (domain.inputs.high)
-      if (const auto high = domain.inputs.high->intersection(named); high) compare(domain, *high);
+    if (!is_named(d, domain)) continue;
+    domain.failed = false;
+    compare(domain, domain.inputs.low);
+    if (domain.inputs.high) compare(domain, *domain.inputs.high);
   }
 }
 
-std::span<const std::unique_ptr<Vtd::Domain>> Vtd::domains_named(const VtdDescriptor& d) const noexcept {
+// The most common invalidation, cut short: one page, whose table is the one of the last invalidation. False: take the
+// long way.
+inline bool Vtd::compare_page(const GuestMemory::View& view, Domain& domain, std::uint64_t iova) noexcept {
+  if (iova > domain.inputs.low.last.value) return false;
+  Access inherited = Access::none;
+  const std::uint64_t* entry = domain.path.find(view, iova, inherited);
+  if (entry == nullptr) return false;
+  bool reserved = false;
+  Error error;
+  if (!sync_entry(view, domain.shadow, domain.rules, iova, entry, inherited, 0, reserved, error)) return false;
+  static_cast<void>(budget_.take(1));
+  ++stats_.entries_compared;
+  if (domain.shadow.staged() != 0) mark_dirty(domain);
+  if (reserved) [[unlikely]]
+    ++stats_.reserved_entries;
+  if (!error.ok()) [[unlikely]] {
+    fail_domain(domain, error);
+    tasks_.push_back(emptying(domain));
+  }
+  return true;
+}
+
+// One page of the one domain that was named last: most of what there is. False: nothing was done, take the long way.
+bool Vtd::invalidate_named_page(const GuestMemory::View& view, const VtdRawDescriptor& raw) noexcept {
+  const auto id = static_cast<std::uint16_t>(raw[0] >> 16);
+  if (named_.id != id || named_.count != 1 || (raw[1] & 63) != 0 || tasks_wait()) return false;
+  Domain& domain = *domains_[named_.first];
+  if (domain.binding.kind != VtdBinding::Kind::paging || domain.failed) return false;
+  return compare_page(view, domain, raw[1] & ~std::uint64_t{0xfff});
+}
+
+void Vtd::invalidate_pages(const GuestMemory::View& view, const VtdDescriptor& d) noexcept {
+  const auto named_domains = domains_named(d);
+  static_cast<void>(budget_.take(named_domains.size()));
+  for (const auto& owned : named_domains) {
+    Domain& domain = *owned;
+    if (!is_named(d, domain) || domain.failed) continue;
+    const bool now = !tasks_wait();
+    if (now && d.address_mask == 0 && compare_page(view, domain, d.address)) continue;
+    const IovaRange named{Iova{d.first_address()}, Iova{d.last_address()}};
+    if (now && compare_run(view, domain, named)) continue;
+    compare_pages(view, domain, named, now);
+  }
+}
+
+void Vtd::compare_pages(const GuestMemory::View& view, Domain& domain, const IovaRange& named, bool now) noexcept {
+  if (const auto low = domain.inputs.low.intersection(named); low) {
+    if (now) {
+      Task task{&domain, *low};
+      run_task(view, task);
+      if (task.domain != nullptr) tasks_.push_back(task);
+    } else {
+      compare(domain, *low);
+    }
+  }
+  if (domain.inputs.high)
+    if (const auto high = domain.inputs.high->intersection(named); high) compare(domain, *high);
+}
+
+inline std::span<const std::unique_ptr<Vtd::Domain>> Vtd::domains_named(const VtdDescriptor& d) noexcept {
   if (d.scope == VtdDescriptor::Scope::global) return domains_;
   if (named_.id == d.domain) [[likely]]
     return std::span{domains_}.subspan(named_.first, named_.count);
@@ -50,10 +94,10 @@ std::span<const std::unique_ptr<Vtd::Domain>> Vtd::domains_named(const VtdDescri
   auto last = first;
   while (last != domains_.end() && (*last)->binding.domain == d.domain) ++last;
   named_ = {d.domain, static_cast<std::size_t>(first - domains_.begin()), static_cast<std::size_t>(last - first)};
-  return {first, last};
+  return std::span{domains_}.subspan(named_.first, named_.count);
 }
 
-// The common invalidation, cut short: a few pages of one level-1 table. False: take the long way.
+// The common ones: some pages of one level-1 table. False: take the long way.
 bool Vtd::compare_run(const GuestMemory::View& view, Domain& domain, const IovaRange& range) noexcept {
   const std::uint64_t iova = range.start.value;
   if (range.span() > VtdPath::span || ((iova ^ range.last.value) & ~VtdPath::span) != 0) return false;
@@ -62,21 +106,6 @@ bool Vtd::compare_run(const GuestMemory::View& view, Domain& domain, const IovaR
   const std::uint64_t* entries = domain.path.find(view, iova, inherited);
   if (entries == nullptr) entries = domain.path.follow(view, domain.binding.table, domain.rules, iova, inherited);
   if (entries == nullptr) return false;
-  if (range.span() < 4096) [[likely]] {
-    bool reserved = false;
-    Error error;
-    if (sync_entry(view, domain.shadow, domain.rules, iova, entries, inherited, 0, reserved, error)) [[likely]] {
-      static_cast<void>(budget_.take(1));
-      ++stats_.entries_compared;
-      if (domain.shadow.staged() != 0) mark_dirty(domain);
-      if (reserved) ++stats_.reserved_entries;
-      if (!error.ok()) [[unlikely]] {
-        fail_domain(domain, error);
-        tasks_.push_back(emptying(domain));
-      }
-      return true;
-    }
-  }
   const auto count = static_cast<unsigned>(range.span() >> 12) + 1;
   if (!note(domain, sync_entries(view, domain.shadow, domain.rules, iova, entries, count, inherited, budget_, 0)))
     tasks_.push_back(emptying(domain));

@@ -72,12 +72,34 @@ inline void decode_wait(const VtdRawDescriptor& raw, VtdDescriptor& out) noexcep
   out.status_address = raw[1];
 }
 
+/// The low word of a wait descriptor that says the same.
+inline std::uint64_t encode_wait_flags(const VtdDescriptor& d) noexcept {
+  return static_cast<std::uint64_t>(VtdDescriptor::Kind::wait) | std::uint64_t{d.interrupt} << 4 |
+         std::uint64_t{d.write_status} << 5 | std::uint64_t{d.fence} << 6 | std::uint64_t{d.status_data} << 32;
+}
+
 /// What the unit offers, as far as descriptors depend on it.
 struct VtdDescriptorRules {
   unsigned address_mask_max = 18;  ///< CAP.MAMV
   bool scalable = false;           ///< ECAP.SMTS: PASID descriptors exist
   bool device_iotlb = true;        ///< ECAP.DT
 };
+
+/// The other common one, an IOTLB invalidation of pages of one domain. False: as above.
+inline bool is_page_invalidation(const VtdRawDescriptor& raw, const VtdDescriptorRules& rules) noexcept {
+  constexpr std::uint64_t type_scope_and_reserved = 0xe3f | 0xffff'ffff'0000'f100;
+  constexpr std::uint64_t pages_of_iotlb = static_cast<std::uint64_t>(VtdDescriptor::Kind::iotlb) | 3U << 4;
+  return (raw[0] & type_scope_and_reserved) == pages_of_iotlb && (raw[1] & 0xf80) == 0 &&
+         (raw[1] & 63) <= rules.address_mask_max && (raw[2] | raw[3]) == 0;
+}
+inline void decode_page_invalidation(const VtdRawDescriptor& raw, VtdDescriptor& out) noexcept {
+  out.kind = VtdDescriptor::Kind::iotlb;
+  out.scope = VtdDescriptor::Scope::page;
+  out.domain = static_cast<std::uint16_t>(raw[0] >> 16);
+  out.address = raw[1] & ~std::uint64_t{0xfff};
+  out.address_mask = static_cast<std::uint8_t>(raw[1] & 63);
+  out.leaf_only = (raw[1] >> 6 & 1) != 0;
+}
 
 /// Nothing when the unit must raise an invalidation queue error: unknown type, reserved bit, bad granularity or mask.
 std::optional<VtdDescriptor> decode_descriptor(const VtdRawDescriptor& raw, const VtdDescriptorRules& rules) noexcept;

@@ -232,8 +232,9 @@ Vtd::FaultReport Vtd::fault_of(std::uint16_t source, std::optional<std::uint32_t
   endpoint.source = source;
   endpoint.pasid = pasid;
   const VtdBinding binding = binding_of(view, endpoint);
-  if (binding.kind == VtdBinding::Kind::pass_through) return {};
   VtdFault reason = binding.fault;
+  if (binding.kind == VtdBinding::Kind::pass_through && enabled_)
+    reason = pass_through_fault(config_.capabilities, (rtaddr_ >> 10 & 3) == 1, iova);
   if (binding.kind == VtdBinding::Kind::paging)
     reason = translate_address(view, binding.table, config_.capabilities, iova, write).fault;
   return {reason, !(binding.faults_disabled && is_qualified(reason))};

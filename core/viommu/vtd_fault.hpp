@@ -1,5 +1,6 @@
-// Why VT-d refuses a DMA: the fault reason codes of the Intel VT-d specification (revision 4.x, "Fault Reason
-// Encodings"; legacy mode below 0x30, scalable mode from 0x30), as far as DMA translation can raise them.
+// Why VT-d refuses a DMA: the fault reason codes of the Intel VT-d specification (section 7.1.3, "Fault Conditions and
+// Remapping Hardware Behavior for Various Requests"; legacy mode below 0x30, scalable mode from 0x30), as far as
+// untranslated requests can raise them on a unit without nested translation, page-table flags and host permissions.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +13,11 @@ enum class VtdFault : std::uint8_t {
   // Legacy mode.
   root_not_present = 0x01,
   context_not_present = 0x02,
-  context_invalid = 0x03,  ///< address width or translation type that is reserved or not supported
+  context_invalid = 0x03,  ///< address width or translation type not supported, or a first table that cannot be read
   address_beyond_width = 0x04,
   write_denied = 0x05,
   read_denied = 0x06,
-  paging_entry_access = 0x07,  ///< the entry cannot be read
+  paging_entry_access = 0x07,  ///< an entry below the first table cannot be read
   root_access = 0x08,
   context_access = 0x09,
   root_reserved = 0x0a,
@@ -26,16 +27,17 @@ enum class VtdFault : std::uint8_t {
   // Scalable mode.
   sm_root_address = 0x30,      ///< the root table address register itself
   sm_translation_mode = 0x31,  ///< a request with PASID, and the unit is in legacy mode
+  abort_mode = 0x33,           ///< the root table address register asks for every request to be aborted
   sm_root_access = 0x38,
   sm_root_not_present = 0x39,
   sm_root_reserved = 0x3a,
   sm_context_access = 0x40,
   sm_context_not_present = 0x41,
   sm_context_reserved = 0x42,
-  sm_context_invalid = 0x43,
-  sm_pasid_disabled = 0x45,  ///< a request with PASID, and the context does not enable them
+  sm_context_invalid = 0x43,  ///< RID_PASID is out of the directory, or page requests are on and the device TLB is not
+  sm_pasid_disabled = 0x45,   ///< a request with PASID, and the context does not enable them
   sm_pasid_too_large = 0x46,
-  sm_rid_pasid = 0x48,  ///< the context's PASID for requests without one is out of the directory
+  sm_pasid_is_rid_pasid = 0x48,  ///< a request with the PASID that stands for those without one
   pasid_directory_access = 0x50,
   pasid_directory_not_present = 0x51,
   pasid_directory_reserved = 0x52,
@@ -52,11 +54,13 @@ enum class VtdFault : std::uint8_t {
   second_reserved = 0x7a,
   second_table_access = 0x7b,
   non_canonical = 0x80,
-  user_denied = 0x81,  ///< U/S is clear somewhere on the way
-  sm_address_beyond_width = 0x83,
+  user_denied = 0x81,                     ///< U/S is clear somewhere on the way
+  sm_host_address_beyond_width = 0x83,    ///< pass-through
+  sm_second_address_beyond_width = 0x84,  ///< second-level tables
   sm_write_denied = 0x85,
   sm_read_denied = 0x86,
   sm_interrupt_address = 0x87,
+  sm_pasid_unsupported = 0x89,  ///< larger than ECAP.PSS allows
 };
 
 /// The name as spelled above; never null.
@@ -70,10 +74,14 @@ constexpr bool is_qualified(VtdFault fault) noexcept {
     case VtdFault::context_access:
     case VtdFault::root_reserved:
     case VtdFault::sm_root_address:
+    case VtdFault::sm_translation_mode:
+    case VtdFault::abort_mode:
     case VtdFault::sm_root_access:
     case VtdFault::sm_root_not_present:
     case VtdFault::sm_root_reserved:
-    case VtdFault::sm_context_access: return false;
+    case VtdFault::sm_context_access:
+    case VtdFault::pasid_directory_access:
+    case VtdFault::pasid_entry_access: return false;
     default: return true;
   }
 }

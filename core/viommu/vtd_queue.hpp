@@ -4,7 +4,9 @@
 // Descriptors are read ahead of IQH: the guest sees IQH move only when what was read is in effect (complete()).
 #pragma once
 
+#include <algorithm>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 
 #include "viommu/guest_memory.hpp"
@@ -24,6 +26,7 @@ class VtdQueue {
     entry_shift_ = wide ? 5 : 4;
     entries_ = (4096U << (iqa & 7)) >> entry_shift_;
     next_ = done_ = tail_ = 0;
+    base_ = nullptr;
     return on_;
   }
   /// IQT as written; false when it is outside the queue or, where descriptors have 256 bits, between two of them (bit 4
@@ -51,24 +54,55 @@ class VtdQueue {
   std::uint64_t head() const noexcept { return std::uint64_t{done_} << entry_shift_; }
   std::uint64_t tail() const noexcept { return std::uint64_t{tail_} << entry_shift_; }
 
-  /// The next descriptor, each word of it loaded once; false when it is not in RAM. skip() goes past it.
-  bool peek(const GuestMemory::View& view, VtdRawDescriptor& raw) const noexcept {
-    // Aligned to its size, so it crosses no page, nor the border of a region.
-    const std::uint64_t gpa = gpa_ + (std::uint64_t{next_} << entry_shift_);
-    const Region* region = view.find(gpa);
-    if (region == nullptr) return false;
-    const auto* words = reinterpret_cast<const std::uint64_t*>(region->address + (gpa - region->gpa));
-    raw = {GuestMemory::View::load(words), GuestMemory::View::load(words + 1), 0, 0};
-    if (entry_shift_ == 5) raw[2] = GuestMemory::View::load(words + 2), raw[3] = GuestMemory::View::load(words + 3);
-    if constexpr (std::endian::native == std::endian::big)
-      for (std::uint64_t& word : raw) word = __builtin_bswap64(word);
-    return true;
+  /// Unread descriptors that follow each other in host memory.
+  struct Run {
+    const std::uint64_t* words = nullptr;
+    std::uint32_t count = 0;  // none: the next one is not in RAM
+    bool wide = false;
+
+    /// Loads each word of the first one once.
+    VtdRawDescriptor first() const noexcept {
+      const auto load = [](const std::uint64_t* word) {
+        const std::uint64_t value = GuestMemory::View::load(word);
+        return std::endian::native == std::endian::big ? __builtin_bswap64(value) : value;
+      };
+      if (wide) return {load(words), load(words + 1), load(words + 2), load(words + 3)};
+      return {load(words), load(words + 1), 0, 0};
+    }
+    void skip() noexcept { words += wide ? 4 : 2, --count; }
+  };
+  Run unread(const GuestMemory::View& view) const noexcept {
+    Run run{place(view), 0, entry_shift_ == 5};
+    if (run.words == nullptr) return run;
+    run.count = (next_ <= tail_ ? tail_ : entries_) - next_;
+    // In several regions: a descriptor is aligned to its size, so at least that one lies in one.
+    if (base_ == nullptr) run.count = std::min(run.count, 1U);
+    return run;
   }
-  void skip() noexcept { next_ = next_ + 1 == entries_ ? 0 : next_ + 1; }
+  /// Goes past descriptors of a run.
+  void skip(std::uint32_t count) noexcept { next_ = next_ + count == entries_ ? 0 : next_ + count; }
   /// Everything that was read is in effect.
   void complete() noexcept { done_ = next_; }
 
  private:
+  // Where the next descriptor lies, or null. Host pointers of one View are good in another of the same generation.
+  const std::uint64_t* place(const GuestMemory::View& view) const noexcept {
+    const std::uint64_t at = std::uint64_t{next_} << entry_shift_;
+    if (base_ == nullptr || generation_ != view.generation()) [[unlikely]] {
+      base_ = nullptr;
+      const Region* region = view.find(gpa_);
+      if (region != nullptr && region->last - gpa_ >= (std::uint64_t{entries_} << entry_shift_) - 1) {
+        base_ = region->address + (gpa_ - region->gpa);
+        generation_ = view.generation();
+      } else {
+        region = view.find(gpa_ + at);
+        if (region == nullptr) return nullptr;
+        return reinterpret_cast<const std::uint64_t*>(region->address + (gpa_ + at - region->gpa));
+      }
+    }
+    return reinterpret_cast<const std::uint64_t*>(base_ + at);
+  }
+
   bool on_ = false;
   unsigned entry_shift_ = 4;
   std::uint32_t entries_ = 0;
@@ -77,6 +111,8 @@ class VtdQueue {
   std::uint32_t tail_ = 0;  // IQT
   std::uint64_t gpa_ = 0;
   std::uint64_t iqa_ = 0;
+  mutable const std::byte* base_ = nullptr;  // of a queue that lies in one region
+  mutable std::uint64_t generation_ = 0;
 };
 
 }  // namespace iovane::viommu

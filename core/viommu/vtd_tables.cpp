@@ -69,6 +69,32 @@ VtdBinding resolve_legacy(const GuestMemory::View& view, const VtdCapabilities& 
   return out;
 }
 
+// What a scalable-mode context entry may not say, low two words, beside addresses beyond the host's width. Host
+// permission tables, PASIDs of translated requests and RID_PRIV are not offered.
+std::array<std::uint64_t, 2> reserved_of_context(const VtdCapabilities& capabilities) noexcept {
+  std::uint64_t low = 0x1e0;
+  if (!capabilities.page_requests) low |= 1U << 4;
+  if (!capabilities.pasid) low |= 1U << 3;
+  if (!capabilities.device_iotlb) low |= 1U << 2;
+  constexpr std::uint64_t rid_pasid = 0xf'ffff;
+  return {low, capabilities.rid_pasid ? ~rid_pasid : ~std::uint64_t{0}};
+}
+
+// The same of a PASID table entry, all words, with the addresses.
+std::array<std::uint64_t, 8> reserved_of_pasid_entry(const VtdCapabilities& capabilities) noexcept {
+  const std::uint64_t beyond = above(capabilities.host_address_width);
+  constexpr std::uint64_t all = ~std::uint64_t{0};
+  std::array<std::uint64_t, 8> out{0xe20 | beyond, 0xf87f'0000, 0xf82 | beyond, all, all, all, all, all};
+  // Not AW, though the specification says so: Linux sets it for first-level tables, whatever the unit offers.
+  if (!capabilities.second_level) out[0] |= table_mask;
+  if (!capabilities.walk_snoop) out[1] |= 1U << 23;
+  if (!capabilities.snoop_control) out[1] |= 1U << 24;
+  if (!capabilities.memory_types) out[1] |= all << 32 | 3U << 25;
+  if (!capabilities.supervisor_requests) out[2] |= 1;
+  if (!capabilities.first_level) out[2] |= table_mask | 7U << 2;
+  return out;
+}
+
 VtdBinding resolve_scalable(const GuestMemory::View& view, const VtdCapabilities& capabilities,
                             std::uint64_t root_table, std::uint16_t source,
                             std::optional<std::uint32_t> pasid) noexcept {
@@ -84,16 +110,22 @@ VtdBinding resolve_scalable(const GuestMemory::View& view, const VtdCapabilities
     return blocked(VtdFault::sm_context_access);
   bool disabled = (context[0] & 2) != 0;
   if ((context[0] & present) == 0) return blocked(VtdFault::sm_context_not_present, disabled);
-  if ((context[0] & (0x1e0 | beyond)) != 0 || (context[1] & 0xffff'ffff'ffe0'0000) != 0 ||
-      (context[2] | context[3]) != 0)
+  const auto reserved = reserved_of_context(capabilities);
+  if ((context[0] & (reserved[0] | beyond)) != 0 || (context[1] & reserved[1]) != 0 || (context[2] | context[3]) != 0)
     return blocked(VtdFault::sm_context_reserved, disabled);
-
-  const bool without_pasid = !pasid.has_value();
-  if (!without_pasid && (context[0] & 8) == 0) return blocked(VtdFault::sm_pasid_disabled, disabled);
-  const std::uint32_t index = pasid.value_or(static_cast<std::uint32_t>(context[1] & 0xf'ffff));
+  const auto rid_pasid = static_cast<std::uint32_t>(context[1] & 0xf'ffff);
   const std::uint64_t directory_entries = std::uint64_t{1} << ((context[0] >> 9 & 7) + 7);
-  if (index >> 6 >= directory_entries)
-    return blocked(without_pasid ? VtdFault::sm_rid_pasid : VtdFault::sm_pasid_too_large, disabled);
+  const bool page_requests_without_tlb = (context[0] & (1U << 4 | 1U << 2)) == 1U << 4;
+  if (page_requests_without_tlb || rid_pasid >> 6 >= directory_entries)
+    return blocked(VtdFault::sm_context_invalid, disabled);
+
+  if (pasid) {
+    if ((context[0] & 8) == 0) return blocked(VtdFault::sm_pasid_disabled, disabled);
+    if (*pasid >> capabilities.pasid_bits != 0) return blocked(VtdFault::sm_pasid_unsupported, disabled);
+    if (*pasid >> 6 >= directory_entries) return blocked(VtdFault::sm_pasid_too_large, disabled);
+    if (*pasid == rid_pasid) return blocked(VtdFault::sm_pasid_is_rid_pasid, disabled);
+  }
+  const std::uint32_t index = pasid.value_or(rid_pasid);
 
   std::array<std::uint64_t, 1> directory{};
   if (!read_words(view, (context[0] & table_mask) + (index >> 6) * 8U, directory))
@@ -108,6 +140,10 @@ VtdBinding resolve_scalable(const GuestMemory::View& view, const VtdCapabilities
   disabled = disabled || (entry[0] & 2) != 0;
   if ((entry[0] & present) == 0) return blocked(VtdFault::pasid_entry_not_present, disabled);
 
+  const auto reserved_in_entry = reserved_of_pasid_entry(capabilities);
+  for (std::size_t i = 0; i < entry.size(); ++i)
+    if ((entry[i] & reserved_in_entry[i]) != 0) return blocked(VtdFault::pasid_entry_reserved, disabled);
+
   VtdBinding out;
   out.faults_disabled = disabled;
   out.pasid = index;
@@ -120,13 +156,11 @@ VtdBinding resolve_scalable(const GuestMemory::View& view, const VtdCapabilities
                    entry[2] & table_mask};
       valid =
           capabilities.first_level && (out.table.levels == 4 || (out.table.levels == 5 && capabilities.first_5_level));
-      if ((entry[2] & (0xf00 | beyond)) != 0) return blocked(VtdFault::pasid_entry_reserved, disabled);
       break;
     case 2:
       valid = capabilities.second_level && second_levels(capabilities, entry[0] >> 2 & 7, out.table);
       out.table.scalable = true;
       out.table.root = entry[0] & table_mask;
-      if ((entry[0] & (0xc00 | beyond)) != 0) return blocked(VtdFault::pasid_entry_reserved, disabled);
       break;
     case 4:
       valid = capabilities.pass_through;
@@ -156,6 +190,14 @@ VtdCapabilities VtdCapabilities::from_registers(std::uint64_t cap, std::uint64_t
   out.scalable = bit(ecap, 43);
   out.first_level = bit(ecap, 47);
   out.second_level = !out.scalable || bit(ecap, 46);
+  out.abort_mode = bit(ecap, 52);
+  out.pasid = bit(ecap, 40);
+  out.pasid_bits = static_cast<unsigned>(ecap >> 35 & 31) + 1;
+  out.rid_pasid = bit(ecap, 49);
+  out.page_requests = bit(ecap, 29);
+  out.supervisor_requests = bit(ecap, 31);
+  out.walk_snoop = bit(ecap, 48);
+  out.memory_types = bit(ecap, 25);
   return out;
 }
 
@@ -163,6 +205,7 @@ VtdBinding resolve_binding(const GuestMemory::View& view, const VtdCapabilities&
                            std::uint16_t source, std::optional<std::uint32_t> pasid) noexcept {
   const std::uint64_t mode = rtaddr >> 10 & 3;
   const std::uint64_t root_table = rtaddr & table_mask;
+  if (mode == 3 && capabilities.abort_mode) return blocked(VtdFault::abort_mode);
   if (mode > 1 || (mode == 1 && !capabilities.scalable) || (root_table & above(capabilities.host_address_width)) != 0)
     return blocked(VtdFault::sm_root_address);
   if (mode == 1) return resolve_scalable(view, capabilities, root_table, source, pasid);

@@ -24,6 +24,14 @@ struct VtdCapabilities {
   bool scalable = false;                  ///< ECAP.SMTS
   bool first_level = false;               ///< ECAP.FLTS
   bool second_level = true;               ///< ECAP.SLTS (scalable mode)
+  bool abort_mode = false;                ///< ECAP.ADMS
+  bool pasid = true;                      ///< ECAP.PASID: requests may have one (scalable mode)
+  unsigned pasid_bits = 20;               ///< ECAP.PSS + 1
+  bool rid_pasid = true;                  ///< ECAP.RPS: the context says which PASID stands for requests without one
+  bool page_requests = false;             ///< ECAP.PRS: PRE in the context is not reserved
+  bool supervisor_requests = false;       ///< ECAP.SRS: SRE in the PASID entry is not reserved
+  bool walk_snoop = false;                ///< ECAP.SMPWCS: nor is PWSNP
+  bool memory_types = false;              ///< ECAP.MTS: nor are CD, EMTE and PAT
 
   /// As the unit's CAP and ECAP registers say it (specification 4.x, sections 11.4.2 and 11.4.3). The host address
   /// width comes from the ACPI DMAR table.
@@ -54,7 +62,7 @@ struct VtdBinding {
   constexpr bool operator==(const VtdBinding&) const noexcept = default;
 };
 
-/// RTADDR as written by the guest: bits 63:12 the table, 11:10 the mode (0 legacy, 1 scalable).
+/// RTADDR as written by the guest: bits 63:12 the table, 11:10 the mode (0 legacy, 1 scalable, 3 abort).
 VtdBinding resolve_binding(const GuestMemory::View& view, const VtdCapabilities& capabilities, std::uint64_t rtaddr,
                            std::uint16_t source, std::optional<std::uint32_t> pasid) noexcept;
 

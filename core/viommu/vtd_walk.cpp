@@ -10,6 +10,10 @@ constexpr std::uint64_t frame_bits = 0x000f'ffff'ffff'f000;  // 51:12
 constexpr std::uint64_t interrupt_first = 0xfee0'0000;
 constexpr std::uint64_t interrupt_last = 0xfeef'ffff;
 
+constexpr bool is_interrupt_address(std::uint64_t address) noexcept {
+  return address >= interrupt_first && address <= interrupt_last;
+}
+
 constexpr std::uint64_t below(unsigned width) noexcept {
   return width >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << width) - 1;
 }
@@ -72,7 +76,7 @@ VtdFault VtdEntryRules::bad_entry() const noexcept {
 
 VtdFault VtdEntryRules::entry_access(bool top) const noexcept {
   if (first_) return top ? VtdFault::first_table_access : VtdFault::first_entry_access;
-  if (!scalable_) return VtdFault::paging_entry_access;
+  if (!scalable_) return top ? VtdFault::context_invalid : VtdFault::paging_entry_access;
   return top ? VtdFault::second_table_access : VtdFault::second_entry_access;
 }
 
@@ -96,7 +100,7 @@ VtdTranslation translate_address(const GuestMemory::View& view, const VtdPageTab
   VtdTranslation out;
   if (!ranges.low.contains(Iova{iova}) && !(ranges.high && ranges.high->contains(Iova{iova}))) {
     out.fault = rules.first()      ? VtdFault::non_canonical
-                : rules.scalable() ? VtdFault::sm_address_beyond_width
+                : rules.scalable() ? VtdFault::sm_second_address_beyond_width
                                    : VtdFault::address_beyond_width;
     return out;
   }
@@ -123,12 +127,21 @@ VtdTranslation translate_address(const GuestMemory::View& view, const VtdPageTab
   }
   out.access = inherited;
   out.gpa = at + (iova & ((std::uint64_t{1} << out.page_shift) - 1));
-  if (write ? !may_write(inherited) : !may_read(inherited)) {
+  if (inherited == Access::none && rules.scalable()) {
+    out.fault = rules.not_present();  // no level forbids both, all of them together do
+  } else if (write ? !may_write(inherited) : !may_read(inherited)) {
     out.fault = rules.denied(write);
-  } else if (out.gpa >= interrupt_first && out.gpa <= interrupt_last) {
+  } else if (is_interrupt_address(out.gpa)) {
     out.fault = rules.scalable() ? VtdFault::sm_interrupt_address : VtdFault::interrupt_address;
   }
   return out;
+}
+
+VtdFault pass_through_fault(const VtdCapabilities& capabilities, bool scalable, std::uint64_t address) noexcept {
+  if (address > below(capabilities.host_address_width))
+    return scalable ? VtdFault::sm_host_address_beyond_width : VtdFault::address_beyond_width;
+  if (is_interrupt_address(address)) return scalable ? VtdFault::sm_interrupt_address : VtdFault::interrupt_address;
+  return VtdFault::none;
 }
 
 std::string_view to_string(VtdFault fault) noexcept {
@@ -149,6 +162,7 @@ std::string_view to_string(VtdFault fault) noexcept {
     case VtdFault::interrupt_address: return "interrupt_address";
     case VtdFault::sm_root_address: return "sm_root_address";
     case VtdFault::sm_translation_mode: return "sm_translation_mode";
+    case VtdFault::abort_mode: return "abort_mode";
     case VtdFault::sm_root_access: return "sm_root_access";
     case VtdFault::sm_root_not_present: return "sm_root_not_present";
     case VtdFault::sm_root_reserved: return "sm_root_reserved";
@@ -158,7 +172,7 @@ std::string_view to_string(VtdFault fault) noexcept {
     case VtdFault::sm_context_invalid: return "sm_context_invalid";
     case VtdFault::sm_pasid_disabled: return "sm_pasid_disabled";
     case VtdFault::sm_pasid_too_large: return "sm_pasid_too_large";
-    case VtdFault::sm_rid_pasid: return "sm_rid_pasid";
+    case VtdFault::sm_pasid_is_rid_pasid: return "sm_pasid_is_rid_pasid";
     case VtdFault::pasid_directory_access: return "pasid_directory_access";
     case VtdFault::pasid_directory_not_present: return "pasid_directory_not_present";
     case VtdFault::pasid_directory_reserved: return "pasid_directory_reserved";
@@ -176,10 +190,12 @@ std::string_view to_string(VtdFault fault) noexcept {
     case VtdFault::second_table_access: return "second_table_access";
     case VtdFault::non_canonical: return "non_canonical";
     case VtdFault::user_denied: return "user_denied";
-    case VtdFault::sm_address_beyond_width: return "sm_address_beyond_width";
+    case VtdFault::sm_host_address_beyond_width: return "sm_host_address_beyond_width";
+    case VtdFault::sm_second_address_beyond_width: return "sm_second_address_beyond_width";
     case VtdFault::sm_write_denied: return "sm_write_denied";
     case VtdFault::sm_read_denied: return "sm_read_denied";
     case VtdFault::sm_interrupt_address: return "sm_interrupt_address";
+    case VtdFault::sm_pasid_unsupported: return "sm_pasid_unsupported";
   }
   return "unknown";
 }

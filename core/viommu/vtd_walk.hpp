@@ -86,6 +86,9 @@ struct VtdTranslation {
 VtdTranslation translate_address(const GuestMemory::View& view, const VtdPageTable& table,
                                  const VtdCapabilities& capabilities, std::uint64_t iova, bool write) noexcept;
 
+/// Why a request is refused that no table translates.
+VtdFault pass_through_fault(const VtdCapabilities& capabilities, bool scalable, std::uint64_t address) noexcept;
+
 /// Visits what a table says about a range, in address order. Visitor:
 ///   bool run(iova, const std::uint64_t* entries, count, inherited)  level-1 entries, loaded by the visitor, once each
 ///   bool superpage(iova, shift, gpa, access)

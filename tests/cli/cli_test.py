@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -200,7 +201,13 @@ class Replay(Command):
         self.refuses(USAGE, ("replay", self.MIXED, "--backend", "vapour"), "there is no backend 'vapour'", "model:type1")
         self.refuses(UNAVAILABLE, ("replay", self.MIXED, "--backend", "model", "--device", "0000:99:00.0"), "0000:99:00.0", "iovane probe")
         self.refuses(UNAVAILABLE, ("replay", self.MIXED, "--backend", "model:type1", "--baseline", "event-copy"), "need iommufd")
-        self.refuses(BAD_INPUT, ("replay", self.MIXED, "--backend", "model", "--memory", "1"), "--memory")
+
+    def test_too_little_memory_names_what_is_needed(self):
+        command = ("replay", self.MIXED, "--backend", "model", "--no-verify", "--events", "2000")
+        refused = self.iovane(*command, "--memory", "1", status=USAGE)
+        need = re.search(r"--memory (\d+)", refused.stderr)
+        self.assertIsNotNone(need, refused.stderr)
+        self.iovane(*command, "--memory", need[1])
 
     def test_a_kernel_interface_that_is_not_there_is_5(self):
         if os.path.exists("/dev/iommu"):

@@ -2,6 +2,7 @@
 """tools/bench: what it writes, what it refuses. usage: test_bench.py BUILD_FOLDER"""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,11 @@ import unittest
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(PROJECT / "tools"))
+
+from benchkit.figures import FIGURES  # noqa: E402
+
 BUILD = ""
 
 
@@ -51,6 +57,26 @@ class Bench(unittest.TestCase):
         self.assertEqual(done.returncode, 1)
         self.assertIn("nonsense_bench", done.stderr)
         self.assertIn("engine_bench", done.stderr)
+
+    def test_the_recorded_runs_have_every_row_of_the_figures(self) -> None:
+        for source in (PROJECT / "docs/benchmarks").glob("*.json"):
+            shutil.copy(source, self.out)
+        drawn = bench("figures", str(self.out))
+        if drawn.returncode != 0:
+            self.assertIn("python3-matplotlib", drawn.stderr)
+            return
+        for figure in FIGURES:
+            recorded = (PROJECT / "docs/benchmarks" / figure.source).read_text()
+            for panel in figure.panels:
+                for _, name in panel.bars:
+                    self.assertIn(f'"{name}', recorded, f"{figure.name}: {panel.heading}")
+            self.assertIn(figure.title.split(":")[0], (self.out / f"{figure.name}.svg").read_text())
+
+    def test_figures_of_nothing_say_what_is_missing(self) -> None:
+        done = bench("figures", str(self.out))
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("iova_bench.json", done.stderr)
+        self.assertEqual(list(self.out.iterdir()), [])
 
     def test_wrong_words_are_status_2(self) -> None:
         self.assertEqual(bench("run", "--repetitions", "0").returncode, 2)

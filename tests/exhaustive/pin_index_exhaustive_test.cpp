@@ -40,8 +40,11 @@ TEST_P(Exhaustive, EveryLayoutAnswersEveryLookup) {
         continue;
       owner[g] = static_cast<int>(regions.size()) - 1;
     }
-    for (auto& r : regions) {
-      auto id = index.insert(r.range, Access::read, {r.range.start * 2, 0});
+    // In both orders: whoever comes first has its block to itself. Every third layout has addresses that no slot holds.
+    const std::uint64_t address_bias = layout % 3 == 0 ? std::uint64_t{1} << 60 : 0;
+    for (std::size_t i = 0; i < regions.size(); ++i) {
+      Want& r = regions[layout % 2 == 0 ? i : regions.size() - 1 - i];
+      auto id = index.insert(r.range, Access::read, {r.range.start + address_bias, 0});
       ASSERT_TRUE(id) << layout;
       r.id = *id;
     }
@@ -66,6 +69,13 @@ TEST_P(Exhaustive, EveryLayoutAnswersEveryLookup) {
         ASSERT_EQ(at, n) << layout << " [" << a << ", " << b << "]";
         if (lease) {
           ASSERT_EQ(lease.length().value, pieces[0].range.length().value);
+          ASSERT_EQ(lease.address(), asked.start + address_bias);
+        }
+        const auto translated = index.translate(asked.start);
+        ASSERT_EQ(bool{translated}, owner[a] >= 0) << layout;
+        if (translated) {
+          ASSERT_EQ(translated->address, asked.start + address_bias);
+          ASSERT_EQ(translated->id, regions[static_cast<std::size_t>(owner[a])].id);
         }
         const bool taken = n != 0;
         const MemoryRange whole{first_key + a * granule_bytes, asked.last};

@@ -235,6 +235,28 @@ TEST_P(LostAnswers, LeaveIndexPinsAndKernelInAgreement) {
   EXPECT_GT(reached, 3U) << "the sweep reached hardly anything";
 }
 
+/// What the answer would have said is not missed later: once every mapping is gone the last device may leave.
+TEST_P(LostAnswers, HoldNoDeviceBack) {
+  kernel_ = *ModelKernel::create();
+  FailingKernel failing{*kernel_};
+  engine_ = EngineAccess::open(*backends::open_backend(failing, {.name = GetParam().interface}), "model");
+  spaces_[0] = *engine_.create_address_space({});
+  const auto device = spaces_[0].attach({.pci_address = kernel_->device(0).address()});
+  ASSERT_TRUE(device) << device.error().message();
+  for (const std::uint64_t where : {0, 1, 4}) ASSERT_TRUE(spaces_[0].map(request(where, memory(where))).ok());
+  for (const unsigned long call :
+       {backends::uapi::iommufd::IoasUnmap::request, backends::uapi::vfio::Type1DmaUnmap::request})
+    failing.add({.request = call, .nth = 1, .times = 1, .os_errno = EFAULT, .after_call = true});
+  const Completion gone = spaces_[0].unmap(UnmapRequest::of(at(0, 5)));
+  EXPECT_TRUE(gone.ok()) << gone.error.message();
+  EXPECT_EQ(gone.bytes.value, 3 * page);
+  const auto detached = spaces_[0].detach(device->id);
+  EXPECT_TRUE(detached) << detached.error().message();
+  spaces_[0] = AddressSpace{};
+  engine_ = Engine{};
+  EXPECT_EQ(kernel_->usage(), ModelUsage{});
+}
+
 INSTANTIATE_TEST_SUITE_P(Software, LostAnswers,
                          ::testing::Values(Sweep{"iommufd", "iommufd", FaultKind::kernel_call, EFAULT},
                                            Sweep{"type1", "type1", FaultKind::kernel_call, EFAULT},

@@ -60,6 +60,7 @@ TEST_P(PinIndexModel, AgreesWithAnOrderedMap) {
         if (random.one_in(4)) start &= ~std::uint64_t{0x1f'ffff};
         const MemoryRange range{start, start + count * granule_bytes - 1};
         const auto access = static_cast<Access>(1 + random.below(3));
+        if (random.one_in(8)) next_address ^= std::uint64_t{1} << 60;  // beyond what a slot holds
         const auto id = index.insert(range, access, {next_address, 0});
         ASSERT_EQ(bool{id}, !model.overlaps(range)) << step;
         if (id) model.by_start[range.start] = {range, *id, next_address, access};

@@ -83,5 +83,33 @@ TEST(Stage1Stress, threads_cut_the_same_block_each_for_its_own_part) {
   }
 }
 
+TEST(Stage1Stress, threads_take_the_same_hinted_group_apart) {
+  TableWorld world{smmuv3_format(), 3};
+  for (const std::uint64_t unit : {k4, m2}) {
+    for (int round = 0; round < (unit == k4 ? 300 : 40); ++round) {
+      ASSERT_EQ(world.map(at(64 * m2, 16 * unit), 192 * m2), MapVerdict::done);
+      ASSERT_EQ(world.walker.translate(64 * m2), 192 * m2);
+      std::atomic<int> ready{0};
+      const auto take = [&](std::uint64_t from, std::uint64_t count) {
+        ready.fetch_add(1, std::memory_order_relaxed);  // relaxed: only a start line
+        while (ready.load(std::memory_order_relaxed) < 3) {
+        }
+        EXPECT_EQ(world.unmap(at(64 * m2 + from * unit, count * unit)), count * unit);
+        EXPECT_EQ(world.walker.translate(64 * m2 + from * unit), std::nullopt);
+      };
+      std::thread first{[&] { take(0, 5); }}, second{[&] { take(12, 4); }};
+      take(7, 1);
+      first.join();
+      second.join();
+      for (std::uint64_t i = 0; i < 16; ++i) {
+        const bool gone = i < 5 || i == 7 || i >= 12;
+        EXPECT_EQ(world.walker.translate(64 * m2 + i * unit), gone ? std::nullopt : std::optional{192 * m2 + i * unit});
+      }
+      EXPECT_EQ(world.unmap(at(64 * m2, 16 * unit)), 6 * unit);
+    }
+    world.editor.trim();
+  }
+}
+
 }  // namespace
 }  // namespace iovane::test

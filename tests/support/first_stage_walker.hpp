@@ -62,6 +62,13 @@ class FirstStageWalker final : public TableWalkers {
         continue;
       }
       if (kind != EntryKind::leaf) return std::nullopt;
+      if ((entry & format.hint_bit) != 0) {
+        // As the architecture allows: one entry vouches for all sixteen, and what it says of the others is kept.
+        const std::uint64_t run = group_entries * bytes_of(level), start = iova & ~(run - 1);
+        const std::uint64_t base = format.address(entry) & ~(run - 1);
+        for (std::uint64_t at = 0; at < run; at += page_bytes) leaves_[(start + at) >> 12] = base + at;
+        return leaves_[iova >> 12];
+      }
       const std::uint64_t leads = format.address(entry) + (iova & (bytes_of(level) - 1) & ~(page_bytes - 1));
       leaves_[iova >> 12] = leads;
       return leads;

@@ -15,7 +15,10 @@ class Job final : public LaneNode {
   explicit Job(std::function<void()> work) : LaneNode{Kind::work}, work_{std::move(work)} {}
 
  private:
-  void run(bool) noexcept override { work_(); }
+  base::OneShot* run(bool) noexcept override {
+    work_();
+    return nullptr;
+  }
   std::function<void()> work_;
 };
 

@@ -201,6 +201,91 @@ TEST_F(PinIndexTest, TablesAreReusedAfterErase) {
   EXPECT_LT(index.memory_bytes(), 1U << 20);
 }
 
+TEST_F(PinIndexTest, ALoneRegionNeedsNoTableAndAnswersForItselfOnly) {
+  add(granules(100, 3), 0x7000'0000);  // both its blocks are otherwise empty
+  const std::size_t before = index.memory_bytes();
+  for (std::uint64_t i = 1; i < 1000; ++i)
+    add({base_key + (i << 21) + 5 * granule_bytes, base_key + (i << 21) + 6 * granule_bytes - 1}, i << 12);
+  EXPECT_LT(index.memory_bytes() - before, 1000 * 64U) << "no table of its own";
+  for (std::uint64_t i = 1; i < 1000; ++i) {
+    const std::uint64_t start = base_key + (i << 21) + 5 * granule_bytes;
+    EXPECT_EQ(index.translate(start + 77)->address, (i << 12) + 77);
+    EXPECT_EQ(index.translate(start + 77)->length_min, granule_bytes - 77);
+    EXPECT_FALSE(index.translate(start - 1));
+    EXPECT_FALSE(index.translate(start + granule_bytes));
+  }
+  EXPECT_EQ(index.translate(granules(102, 1).last)->address, 0x7000'0000 + 3 * granule_bytes - 1);
+  EXPECT_FALSE(index.translate(granules(99, 1).last));
+  EXPECT_FALSE(index.translate(granules(103, 1).start));
+  EXPECT_EQ(index.first_in(granules(0, 100)), std::nullopt);
+  EXPECT_EQ(index.first_in(granules(0, 101))->range, granules(100, 3));
+  EXPECT_EQ(index.first_in(granules(103, 300)), std::nullopt);
+}
+
+TEST_F(PinIndexTest, CompanyInABlockChangesNoAnswer) {
+  const RegionId first = add(granules(3, 2), 0x30'0000, Access::read);
+  EXPECT_TRUE(index.acquire(granules(3, 1), Access::read));  // marked before the block is split
+  const auto lease = index.acquire(granules(3, 2), Access::read);
+  const RegionId near = add(granules(5, 1), 0x50'0000);
+  const RegionId far = add(granules(5 + 17, 40), 0x220'0000);
+  EXPECT_EQ(index.translate(granules(4, 1).start)->address, 0x30'0000 + granule_bytes);
+  EXPECT_EQ(index.translate(granules(4, 1).start)->access, Access::read);
+  EXPECT_EQ(index.translate(granules(5, 1).start)->id, near);
+  EXPECT_EQ(index.translate(granules(60, 1).start)->address, 0x220'0000 + 38 * granule_bytes);
+  EXPECT_EQ(lease.region().range, granules(3, 2));
+  EXPECT_TRUE(index.take_accessed(first)) << "the mark moved along";
+  EXPECT_FALSE(drop(first)) << "leased";
+  EXPECT_TRUE(drop(near));
+  EXPECT_TRUE(drop(far));
+  EXPECT_FALSE(index.translate(granules(4, 1).start));
+}
+
+// Addresses that do not fit a slot: above 48 bits, not a multiple of a granule, and the largest that fits.
+TEST_F(PinIndexTest, AddressesOfAnySizeAreKept) {
+  const std::array<std::uint64_t, 6> addresses{
+      std::uint64_t{1} << 59,         0xffff'ffff'f000, 0xffff'ffff'e000,
+      0xffff'ffff'ffff'ffff - 0xffff, 0x1234,           (1ULL << 48) - (1ULL << 15)};
+  std::uint64_t at = 0;
+  for (const std::uint64_t address : addresses)
+    for (const std::uint64_t count : {1, 3, 16}) {
+      const auto range = granules(at, count);
+      add(range, address);
+      at += 16;
+      for (std::uint64_t key = range.start; key <= range.last; key += 1001)
+        ASSERT_EQ(index.translate(key)->address, address + (key - range.start)) << address << " " << count;
+      const auto lease = index.acquire(range, Access::read_write);
+      EXPECT_EQ(lease.address(), address);
+      EXPECT_EQ(lease.length(), range.length());
+    }
+}
+
+// A lookup beside a region that has its block to itself may be reading the region's record.
+TEST_F(PinIndexTest, AWalkInTheBlockOfALoneRegionHoldsItBack) {
+  auto& walk = LeaseGuards::attach()->words[ThreadGuards::walk_word];
+  const RegionId alone = add(granules(0, 1), 0x1000);
+  const RegionId second = add(granules(512 * 8, 1), 0x2000);
+  const RegionId third = add(granules(512 * 8 + 1, 1), 0x3000);  // splits the block of the second
+  walk.store(walking_guard(granules(9, 1)), std::memory_order_relaxed);
+  index.erase(alone);
+  bool used = false;
+  EXPECT_EQ(index.find_users({&alone, 1}, {&used, 1}), 1U) << "only a walk holds it back";
+  EXPECT_TRUE(used);
+  walk.store(walking_guard(granules(512 * 8 + 9, 1)), std::memory_order_relaxed);
+  EXPECT_EQ(index.find_users({&alone, 1}, {&used, 1}), 0U);
+  EXPECT_FALSE(used);
+  index.forget(alone);
+  index.erase(third);
+  index.find_users({&third, 1}, {&used, 1});
+  EXPECT_FALSE(used) << "it came with a slot of its own";
+  index.forget(third);
+  index.erase(second);
+  index.find_users({&second, 1}, {&used, 1});
+  EXPECT_TRUE(used) << "walks may have been sent to its record before the block was split";
+  walk.store(idle_guard, std::memory_order_relaxed);
+  index.find_users({&second, 1}, {&used, 1});
+  EXPECT_FALSE(used);
+}
+
 TEST_F(PinIndexTest, ReachesTheLastKey) {
   const MemoryRange top{key_last - granule_bytes + 1, key_last};
   add(top, 0xffff'ffff'ffff'f000);
@@ -225,7 +310,10 @@ TEST_F(PinIndexTest, ForkedChildFindsNothingAndMayNotInsert) {
   EXPECT_TRUE(index.translate(granules(0, 1).start));
 }
 
-TEST(PinIndexMemory, MillionRegionsStayBelow64Megabytes) {
+// Side by side, and each alone in its 64 KiB.
+class PinIndexMemory : public testing::TestWithParam<std::uint64_t> {};
+
+TEST_P(PinIndexMemory, MillionRegionsStayBelow64Megabytes) {
 #ifdef IOVANE_SANITIZED
   constexpr std::uint64_t count = 100'000;
 #else
@@ -234,10 +322,11 @@ TEST(PinIndexMemory, MillionRegionsStayBelow64Megabytes) {
   PinIndex index;
   ASSERT_TRUE(index.open());
   for (std::uint64_t i = 0; i < count; ++i)
-    ASSERT_TRUE(index.insert({base_key + i * granule_bytes, base_key + (i + 1) * granule_bytes - 1}, Access::read_write,
-                             {i << 13, 0}));
+    ASSERT_TRUE(index.insert({base_key + i * GetParam(), base_key + i * GetParam() + granule_bytes - 1},
+                             Access::read_write, {i << 13, 0}));
   EXPECT_LT(index.memory_bytes(), count * 64 + (2U << 20));
 }
+INSTANTIATE_TEST_SUITE_P(Strides, PinIndexMemory, testing::Values(granule_bytes, 65536));
 
 TEST(GuardWord, WalkedKeysCoverWhatWasSearched) {
   for (const MemoryRange searched : {MemoryRange{0, 0}, MemoryRange{0x1000, 0x1fff}, MemoryRange{0xfff, 0x1000},
@@ -246,7 +335,7 @@ TEST(GuardWord, WalkedKeysCoverWhatWasSearched) {
     EXPECT_TRUE(is_walking(w));
     EXPECT_TRUE(walked_keys(w).contains(searched));
   }
-  EXPECT_FALSE(is_walking(leased_guard(4095, 0xffff'ffff)));
+  EXPECT_FALSE(is_walking(leased_guard(PinIndex::indices_max, RegionTable::regions_max)));
 }
 
 }  // namespace

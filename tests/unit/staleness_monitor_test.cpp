@@ -4,7 +4,9 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <linux/filter.h>
 #include <linux/magic.h>
+#include <linux/seccomp.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -355,6 +357,35 @@ TEST(StalenessOpen, SaysWhatWouldAllowIt) {
   waitpid(child, &status, 0);
   ASSERT_TRUE(WIFEXITED(status));
   if (WEXITSTATUS(status) == 3) GTEST_SKIP() << "this host lets everyone use userfaultfd";
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
+
+// A container's filter that answers ENOSYS is not an old kernel, and the message has both.
+TEST(StalenessOpen, NamesASeccompFilter) {
+  if (geteuid() != 0) GTEST_SKIP() << "needs root to become somebody who may not";
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    if (setresgid(65534, 65534, 65534) != 0 || setresuid(65534, 65534, 65534) != 0) _exit(9);
+    std::array<sock_filter, 4> filter{{{BPF_LD | BPF_W | BPF_ABS, 0, 0, offsetof(seccomp_data, nr)},
+                                       {BPF_JMP | BPF_JEQ | BPF_K, 0, 1, SYS_userfaultfd},
+                                       {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ERRNO | ENOSYS},
+                                       {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ALLOW}}};
+    const sock_fprog program{.len = filter.size(), .filter = filter.data()};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
+      _exit(3);
+    const auto opened = StalenessMonitor::open();
+    if (opened) _exit(1);
+    const std::string text = opened.error().detail();
+    _exit(opened.error().code == Errc::unsupported && text.find("seccomp") != std::string::npos &&
+                  text.find("invalidate()") != std::string::npos
+              ? 0
+              : 2);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  ASSERT_TRUE(WIFEXITED(status));
+  if (WEXITSTATUS(status) == 3) GTEST_SKIP() << "no seccomp filters in this kernel";
   EXPECT_EQ(WEXITSTATUS(status), 0);
 }
 

@@ -125,6 +125,89 @@ TEST_F(UringTest, BytesGoThroughTheLeasedBuffer) {
   munmap(p, 32 * os_page);
 }
 
+// The caller's own ring: the lease's address and buffer index are all that its fixed-buffer I/O needs.
+TEST_F(UringTest, ACallersRingReadsAndWritesWithTheLeasedBuffer) {
+  io_uring ring{};
+  ASSERT_EQ(io_uring_queue_init(8, &ring, 0), 0);
+  const int from = memfd_create("iovane-test", MFD_CLOEXEC);
+  const int to = memfd_create("iovane-test", MFD_CLOEXEC);
+  std::vector<std::byte> written(2 * os_page);
+  for (std::size_t i = 0; i < written.size(); ++i) written[i] = std::byte(i * 7 >> 3 & 0xff);
+  ASSERT_EQ(pwrite(from, written.data(), written.size(), 100), static_cast<ssize_t>(written.size()));
+  std::byte* room = map_pages(32);
+  std::byte* p = room + (-reinterpret_cast<std::uintptr_t>(room) & 65535U);  // a whole chunk
+  const auto one = [&](auto&& prepare) {
+    io_uring_sqe* sqe = io_uring_get_sqe(&ring);
+    prepare(sqe);
+    EXPECT_EQ(io_uring_submit_and_wait(&ring, 1), 1);
+    io_uring_cqe* cqe = nullptr;
+    EXPECT_EQ(io_uring_wait_cqe(&ring, &cqe), 0);
+    const int result = cqe->res;
+    io_uring_cqe_seen(&ring, cqe);
+    return result;
+  };
+  const std::uint64_t before = pinned_now();
+  {
+    auto own = UringProvider::open({.ring = &ring, .buffers = 16});
+    ASSERT_TRUE(own) << own.error().message();
+    EXPECT_EQ(&(*own)->ring(), &ring);
+    EXPECT_EQ(UringProvider::open({.ring = &ring, .buffers = 16}).error().code, Errc::busy);
+    auto cache = MapCache::open(**own, budget, {.chunk = Bytes{65536}});
+    ASSERT_TRUE(cache);
+    for (int use = 0; use < 3; ++use) {  // a miss, then hits
+      std::byte* at = p + 3 * os_page + 40 * use;
+      const auto length = static_cast<unsigned>(written.size());
+      const auto lease = (*cache)->acquire(*MemoryRange::of(at, Bytes{length}), Access::read_write);
+      ASSERT_TRUE(lease) << lease.error().message();
+      ASSERT_GE(lease->length().value, length);
+      const int index = static_cast<int>(UringProvider::buffer_index(lease->region().handle));
+      void* buffer = reinterpret_cast<void*>(lease->address());
+      ASSERT_EQ(one([&](auto* sqe) { io_uring_prep_read_fixed(sqe, from, buffer, length, 100, index); }),
+                static_cast<int>(length));
+      EXPECT_EQ(std::memcmp(at, written.data(), length), 0) << "the I/O went into the pinned pages";
+      ASSERT_EQ(one([&](auto* sqe) { io_uring_prep_write_fixed(sqe, to, buffer, length, 0, index); }),
+                static_cast<int>(length));
+      std::vector<std::byte> back(length);
+      ASSERT_EQ(pread(to, back.data(), length, 0), static_cast<ssize_t>(length));
+      EXPECT_EQ(back, written);
+    }
+    EXPECT_EQ((*cache)->stats().misses, 1U);
+  }
+  EXPECT_EQ(pinned_now(), before);
+  io_uring_queue_exit(&ring);
+  munmap(room, 32 * os_page);
+  close(from);
+  close(to);
+}
+
+// A request that the kernel has taken keeps its buffer, whatever the cache does with the entry meanwhile.
+TEST_F(UringTest, AnUnpinnedBufferStaysForTheRequestThatHasIt) {
+  std::byte* p = map_pages(16);
+  std::array<int, 2> ends{};
+  ASSERT_EQ(pipe(ends.data()), 0);
+  auto cache = MapCache::open(*provider, budget, {.chunk = Bytes{os_page}});
+  ASSERT_TRUE(cache);
+  {
+    const auto lease = (*cache)->acquire(*MemoryRange::of(p, Bytes{8}), Access::read_write);
+    ASSERT_TRUE(lease) << lease.error().message();
+    io_uring_prep_read_fixed(io_uring_get_sqe(&provider->ring()), ends[0], reinterpret_cast<void*>(lease->address()), 8,
+                             static_cast<std::uint64_t>(-1),
+                             static_cast<int>(UringProvider::buffer_index(lease->region().handle)));
+    ASSERT_EQ(io_uring_submit(&provider->ring()), 1);
+  }
+  EXPECT_EQ((*cache)->evict(1, any_node), os_page);
+  EXPECT_EQ((*cache)->stats().bytes_pinned, 0U);
+  ASSERT_EQ(write(ends[1], "iovane!", 8), 8);
+  io_uring_cqe* cqe = nullptr;
+  ASSERT_EQ(io_uring_wait_cqe(&provider->ring(), &cqe), 0);
+  EXPECT_EQ(cqe->res, 8);
+  io_uring_cqe_seen(&provider->ring(), cqe);
+  EXPECT_EQ(std::memcmp(p, "iovane!", 8), 0);
+  close(ends[0]);
+  close(ends[1]);
+  munmap(p, 16 * os_page);
+}
+
 TEST_F(UringTest, CachedPinsAreGivenBackToTheLastPage) {
   const std::uint64_t before = pinned_now();
   std::byte* p = map_pages(4096);

@@ -5,6 +5,7 @@
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/prctl.h>
@@ -14,8 +15,11 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -94,21 +98,25 @@ TEST(Worker, EndsWithWhatWasPostedDone) {
 }
 
 TEST(Worker, HasANameAndBlocksEverySignal) {
+  std::mutex lock;
+  std::set<std::string> names;
   std::atomic<int> looked{0};
-  std::array<char, 16> name{};
-  sigset_t blocked;
   WorkerConfig config;
   config.on_start = [&](unsigned number) {
     EXPECT_EQ(number, 3U);
+    std::array<char, 16> name{};
     pthread_getname_np(pthread_self(), name.data(), name.size());
+    sigset_t blocked;
     pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+    for (const int signal : {SIGINT, SIGTERM, SIGUSR1, SIGCHLD, SIGALRM, SIGPIPE})
+      EXPECT_TRUE(sigismember(&blocked, signal));
+    const std::lock_guard held{lock};
+    names.insert(name.data());
     looked.fetch_add(1, std::memory_order_release);
   };
   auto worker = *Worker::start(config, nullptr, 0, 3);
-  wait_for(looked, 1);
-  EXPECT_STREQ(name.data(), "iovane-w3");
-  for (const int signal : {SIGINT, SIGTERM, SIGUSR1, SIGCHLD, SIGALRM, SIGPIPE})
-    EXPECT_TRUE(sigismember(&blocked, signal));
+  wait_for(looked, 2);
+  EXPECT_EQ(names, (std::set<std::string>{"iovane-w3", "iovane-u3"}));
   sigset_t ours;
   pthread_sigmask(SIG_SETMASK, nullptr, &ours);
   EXPECT_FALSE(sigismember(&ours, SIGUSR1)) << "the caller's mask is as before";
@@ -133,7 +141,7 @@ class Death final : public WorkerTask {
 
 TEST(Worker, WhoeverWaitsStandsInForOneThatDied) {
   IOVANE_NEEDS_DEATH();
-  auto worker = *Worker::start({}, nullptr, 0, 0);
+  auto worker = *Worker::start({.understudy = false}, nullptr, 0, 0);
   Death death;
   worker->post(death);
   Tick tick;  // perhaps taken together with what kills the worker, perhaps not
@@ -145,6 +153,29 @@ TEST(Worker, WhoeverWaitsStandsInForOneThatDied) {
   worker->post(tick);
   worker->forget(tick);
   EXPECT_EQ(tick.runs, 2);
+}
+
+TEST(Worker, TheUnderstudyGoesOnInThePlaceOfOneThatDied) {
+  IOVANE_NEEDS_DEATH();
+  auto worker = *Worker::start({}, nullptr, 0, 0);
+  ASSERT_TRUE(worker->has_understudy());
+  Tick before;
+  before.again = 1 << 30;  // a timer
+  worker->post(before);
+  wait_for(before.runs, 2);
+  const auto first = before.ran_on.load(std::memory_order_relaxed);
+  Death death;
+  worker->post(death);
+  wait_for(before.runs, before.runs + 1000);
+  EXPECT_NE(before.ran_on.load(std::memory_order_relaxed), first) << "the timer goes on";
+  EXPECT_NE(before.ran_on.load(std::memory_order_relaxed), std::this_thread::get_id());
+  EXPECT_FALSE(worker->is_dead());
+  worker->forget(before);
+  std::this_thread::sleep_for(2ms);  // asleep on the ring by now
+  Tick later;
+  worker->post(later);
+  wait_for(later.runs, 1);
+  worker->forget(later);
 }
 
 TEST(Worker, AnOnStartThatThrowsIsAWorkerThatNeverWas) {
@@ -227,6 +258,88 @@ TEST_F(SpaceWithWorker, ADyingWorkerIsNoticedByOneWhoOnlyPolls) {
   const auto begun = std::chrono::steady_clock::now();
   while (queue.poll(done) == 0) ASSERT_LT(std::chrono::steady_clock::now() - begun, 20s);
   EXPECT_TRUE(done[0].ok()) << done[0].error.message();
+}
+
+TEST_F(SpaceWithWorker, WhoWaitsForTheLaneOfADeadWorkerGetsIt) {
+  IOVANE_NEEDS_DEATH();
+  open({.understudy = false});
+  const std::thread::id here = std::this_thread::get_id();
+  std::atomic<int> batches{0};
+  std::atomic<bool> may_die{false};
+  backend_->before_batch = [&] {
+    if (batches.fetch_add(1, std::memory_order_release) != 0) return;  // pairs with the load below
+    EXPECT_NE(std::this_thread::get_id(), here);
+    while (!may_die) std::this_thread::yield();
+    ::syscall(SYS_exit, 0);
+  };
+  Queue queue = *space_.open_queue({.submit = SubmitMode::never_block});
+  for (std::uint64_t i = 0; i < 4; ++i) ASSERT_TRUE(queue.stage(map_at(16 + i)));
+  queue.submit();
+  while (batches == 0) std::this_thread::yield();
+  std::thread holder{[&] { EXPECT_TRUE(space_.find(Iova{17 * 4096})) << "the batch was executed before"; }};
+  std::thread caller{[&] { EXPECT_TRUE(space_.map(map_at(64)).ok()); }};
+  std::this_thread::sleep_for(5ms);  // they wait by now; right either way
+  may_die = true;
+  holder.join();
+  caller.join();
+  std::array<Completion, 4> done;
+  ASSERT_EQ(queue.wait(done, 4, 20s), 4U);
+  for (const Completion& completion : done) EXPECT_TRUE(completion.ok()) << completion.error.message();
+  EXPECT_EQ(space_.stats().live_mappings, 5U);
+}
+
+TEST_F(SpaceWithWorker, ThePromisedTimeHoldsAlsoWhenTheWorkerDiesInAFlush) {
+  IOVANE_NEEDS_DEATH();
+  open();
+  const std::thread::id here = std::this_thread::get_id();
+  std::atomic<bool> died{false};
+  backend_->before_batch = [&] {
+    if (std::this_thread::get_id() == here || died.exchange(true, std::memory_order_relaxed)) return;
+    ::syscall(SYS_exit, 0);
+  };
+  for (std::uint64_t i = 0; i < 4; ++i) {
+    ASSERT_TRUE(space_.map(map_at(16)).ok());
+    ASSERT_TRUE(space_.unmap(UnmapRequest::of(IovaRange{Iova{16 * 4096}, Iova{17 * 4096 - 1}})).ok());
+    const auto begun = std::chrono::steady_clock::now();
+    while (space_.stats().stale_mappings != 0) ASSERT_LT(std::chrono::steady_clock::now() - begun, 20s);
+  }
+  EXPECT_TRUE(died);
+  EXPECT_EQ(space_.stats().quarantined_mappings, 0U);
+}
+
+/// From here on `call` ends this thread, if its name begins so.
+void die_at(long call, std::string_view name_begins) {
+  std::array<char, 16> name{};
+  pthread_getname_np(pthread_self(), name.data(), name.size());
+  if (!std::string_view{name.data()}.starts_with(name_begins)) return;
+  std::array<sock_filter, 4> filter{
+      sock_filter BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      sock_filter BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(call), 0, 1),
+      sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_THREAD),
+      sock_filter BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog program{filter.size(), filter.data()};
+  ASSERT_EQ(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+  ASSERT_EQ(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), 0);
+}
+
+TEST_F(SpaceWithWorker, WhoSleepsOnAnEventfdHearsOfWhatADeadWorkerDid) {
+  IOVANE_NEEDS_DEATH();
+  WorkerConfig workers;
+  workers.on_start = [](unsigned) { die_at(SYS_write, "iovane-w"); };  // it dies with the news on its lips
+  open(workers);
+  Queue queue = *space_.open_queue({.submit = SubmitMode::never_block});
+  pollfd news{.fd = queue.event_fd(), .events = POLLIN, .revents = 0};
+  for (std::uint64_t i = 0; i < 3; ++i) {
+    ASSERT_TRUE(queue.stage(map_at(16 + i)));
+    queue.submit();
+    ASSERT_EQ(::poll(&news, 1, 20'000), 1);
+    std::uint64_t count = 0;
+    ASSERT_EQ(::read(news.fd, &count, sizeof count), static_cast<ssize_t>(sizeof count));
+    std::array<Completion, 2> done;
+    ASSERT_EQ(queue.poll(done), 1U);
+    EXPECT_TRUE(done[0].ok()) << done[0].error.message();
+  }
 }
 
 TEST_F(SpaceWithWorker, LargePopulationsAreHandedOverAndSmallBatchesAreNot) {

@@ -287,7 +287,7 @@ TEST(VtdScalable, FindsItsWayThroughDirectoriesAndFirstLevelTables) {
   ram.store(context, 0x3001 | 8);
   EXPECT_EQ(reason(64 * 128, 0), VtdFault::sm_pasid_too_large);
   ram.store(context + 8, 0xf'ffff);
-  EXPECT_EQ(reason({}, 0), VtdFault::sm_rid_pasid);
+  EXPECT_EQ(reason({}, 0), VtdFault::sm_context_invalid) << "RID_PASID beyond the directory";
   ram.store(context + 8, 0);
   ram.store(context + 16, 1);
   EXPECT_EQ(reason({}, 0), VtdFault::sm_context_reserved);

@@ -16,12 +16,17 @@ def _place(entry: dict) -> tuple[int, int]:
     return entry.get("family_index", 0), entry.get("per_family_instance_index", 0)
 
 
+def median_entries(result: dict) -> list[tuple[str, dict]]:
+    """One entry per benchmark that ran, by its full name, in the order of the program."""
+    entries = sorted(result["benchmarks"], key=_place)
+    return [(entry["name"].removesuffix("_median"), entry) for entry in entries
+            if not entry.get("error_occurred") and entry.get("aggregate_name", "median") == "median"]
+
+
 def _rows(result: dict, pattern: str, metric: str) -> list[tuple[str, float]]:
     rows = []
-    for entry in sorted(result["benchmarks"], key=_place):
-        if entry.get("error_occurred") or entry.get("aggregate_name", "median") != "median":
-            continue
-        name = re.sub(r"^BM_|/real_time|/process_time|/iterations:\d+|_median$|/min_time:[\d.]+", "", entry["name"])
+    for full_name, entry in median_entries(result):
+        name = re.sub(r"^BM_|/real_time|/process_time|/iterations:\d+|/min_time:[\d.]+", "", full_name)
         if metric not in entry or not re.search(pattern, name):
             continue
         value = entry[metric] * (UNITS[entry["time_unit"]] if metric.endswith("_time") else 1.0)
@@ -29,28 +34,33 @@ def _rows(result: dict, pattern: str, metric: str) -> list[tuple[str, float]]:
     return rows
 
 
-def _caption(context: dict) -> str:
+def caption(context: dict) -> str:
     facts = [context.get("cpu", ""), f"{context.get('num_cpus', '?')} CPUs", re.sub(r" \(.*?\)", "", context.get("compiler", "")),
              context.get("build_type", ""), f"commit {context.get('commit', '?')}", context.get("date", "")[:10]]
     return ", ".join(fact for fact in facts if fact)
 
 
-def draw(source: Path, out: Path, pattern: str, metric: str, title: str, ours: str) -> None:
+def pyplot():
+    """matplotlib, set up so that the same result makes the same file."""
     try:
         import matplotlib
     except ImportError as missing:
         raise BenchError(f"charts need Debian's python3-matplotlib ({missing}): tools/setup bench") from missing
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "iovane", "svg.fonttype": "none", "font.size": 9})
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plot
+    return plot
 
+
+def draw(source: Path, out: Path, pattern: str, metric: str, title: str, ours: str) -> None:
+    plot = pyplot()
     result = json.loads(source.read_text())
     rows = _rows(result, pattern, metric)
     if not rows:
         raise BenchError(f"{source}: nothing matches {pattern!r} and has {metric!r}")
     if len(rows) > BARS_MAX:
         raise BenchError(f"{source}: {len(rows)} bars are too many to read, at most {BARS_MAX}: narrow --filter")
-    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.22 * len(rows)), layout="constrained")
+    figure, axes = plot.subplots(figsize=(8, 0.9 + 0.22 * len(rows)), layout="constrained")
     names, values = [name for name, _ in rows], [value for _, value in rows]
     colours = [OURS if re.search(ours, name) else PEER for name in names]
     bars = axes.barh(names, values, color=colours)
@@ -61,6 +71,6 @@ def draw(source: Path, out: Path, pattern: str, metric: str, title: str, ours: s
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title or source.stem, loc="left", fontweight="bold")
-    axes.set_xlabel(f"{'ns per iteration' if metric.endswith('_time') else metric}\n{_caption(result['context'])}")
+    axes.set_xlabel(f"{'ns per iteration' if metric.endswith('_time') else metric}\n{caption(result['context'])}")
     figure.savefig(out, metadata={"Date": None})
-    pyplot.close(figure)
+    plot.close(figure)

@@ -1,11 +1,11 @@
-"""tools/bench: list, run and chart."""
+"""tools/bench: list, run, chart and figures."""
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-from benchkit import chart, stamp, suites
+from benchkit import chart, figures, stamp, suites
 from benchkit.report import BenchError, say
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -15,6 +15,7 @@ EPILOG = """examples
   tools/bench run engine_bench                   one of them, recorded in build/bench-results/engine_bench.json
   tools/bench run --out docs/benchmarks          all of them, recorded for the documents
   tools/bench chart docs/benchmarks/engine_bench.json --filter 'EngineBatch/' --out batch.svg
+  tools/bench figures                            the pictures of the documents, from docs/benchmarks
 
 Every result carries processor, kernel, compiler, flags and commit. Times of two runs do not compare on a machine that
 others share: compare within one file. exit status: 0 done, 1 something failed, 2 wrong usage
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--metric", default="real_time", help="real_time, cpu_time, items_per_second or a counter's name")
     draw.add_argument("--ours", default="^(?!.*(Baseline|Floor|Peer))", help="regular expression of the bars to colour")
     draw.add_argument("--title", default="", help="above the chart")
+    pictures = commands.add_parser("figures", help="draw the comparisons that the documents show")
+    pictures.add_argument("folder", nargs="?", type=Path, default=PROJECT / "docs/benchmarks", help="recorded runs (default: docs/benchmarks)")
     return parser
 
 
@@ -77,6 +80,8 @@ def main(arguments: list[str]) -> int:
             print("\n".join(suites.programs(options.build)))
         elif options.command == "run":
             _run(options)
+        elif options.command == "figures":
+            figures.draw_all(options.folder)
         else:
             chart.draw(options.result, options.out or options.result.with_suffix(".svg"), options.filter, options.metric,
                        options.title, options.ours)

@@ -53,9 +53,12 @@ std::string short_name(const std::string& path) {
   return name;
 }
 
-Result<LoadedTrace> load(const std::string& path, const Arguments& arguments) {
+/// On an error `refused` says whose: the file's, or the command line's, which allows too little memory for it.
+Result<LoadedTrace> load(const std::string& path, const Arguments& arguments, ExitStatus& refused) {
+  refused = ExitStatus::bad_input;
   const auto trace = trace::read_file(path);
   if (!trace) return trace.error();
+  refused = ExitStatus::usage;
   auto plan = replay::make_plan(*trace, arguments.events_max, Bytes{arguments.memory_mib_max << 20});
   if (!plan) return plan.error();
   return LoadedTrace{short_name(path), *std::move(plan)};
@@ -100,8 +103,12 @@ ExitStatus run_replay(Arguments arguments) {
   // All input is read and checked before anything is opened: nothing is left half done.
   std::vector<LoadedTrace> traces;
   for (const std::string& path : arguments.traces) {
-    auto loaded = load(path, arguments);
-    if (!loaded) return report_input(loaded.error());
+    ExitStatus refused = ExitStatus::ok;
+    auto loaded = load(path, arguments, refused);
+    if (!loaded) {
+      (void)report(loaded.error());
+      return refused;
+    }
     traces.push_back(*std::move(loaded));
   }
   const auto measure =

@@ -189,6 +189,8 @@ class _Session:
             command += ["-device", device]
         command += ["-kernel", str(image), "-initrd", str(self.directory / "initramfs"), "-append", " ".join(words)]
         command += self.job.emulator_arguments
+        if "-icount" in command:  # counted instructions need all virtual CPUs on one thread
+            command = [word.replace("thread=multi", "thread=single") for word in command]
         # The emulator must not outlive this process, however that ends.
         return ["setpriv", "--pdeathsig", "KILL", "--", *command]
 

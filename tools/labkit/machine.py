@@ -96,7 +96,7 @@ _BUILD_TOOLS = ("make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "xz-u
 
 
 def _x86_arguments(wish: Wish) -> list[str]:
-    arguments = ["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max", "-nodefaults", *_numa(wish)]
+    arguments = ["-machine", "q35,kernel-irqchip=split", "-accel", "tcg", "-cpu", "max", "-nodefaults", *_numa(wish)]
     if wish.iommu != "none":
         scalable = ",x-scalable-mode=on" if wish.iommu == "scalable" else ""
         # Without interrupt remapping type1 refuses every group.
@@ -149,7 +149,7 @@ def _ppc_command_line(wish: Wish) -> str:
 
 def _virt_arguments(wish: Wish) -> list[str]:
     smmu = ",iommu=smmuv3" if wish.iommu != "none" else ""
-    arguments = ["-machine", f"virt,gic-version=3,acpi=off{smmu}", "-accel", "tcg,thread=multi"]
+    arguments = ["-machine", f"virt,gic-version=3,acpi=off{smmu}", "-accel", "tcg"]
     arguments += ["-cpu", "max,sve=off,pauth-impdef=on", "-nodefaults", *_numa(wish)]  # pauth: the real algorithm is slow to emulate
     if wish.iommu != "none":
         arguments += ["-global", "arm-smmuv3.stage=" + {"nested": "nested", "stage1": "1", "stage2": "2"}[wish.iommu]]

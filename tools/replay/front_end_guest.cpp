@@ -69,9 +69,10 @@ class VirtioIommuGuest final : public FrontEndGuest {
     }
     hand_over(batch.size());
   }
-  void notify(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
+  void notify(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept override {
     send(batch.size());
-    for (std::size_t i = 0; i < batch.size(); ++i) errors[i] = buffers_[i].ok() ? Error{} : refused(buffers_[i]);
+    for (std::size_t i = 0; i < batch.size(); ++i)
+      verdicts[i] = {buffers_[i].ok() ? Error{} : refused(buffers_[i]), batch[i].range.length()};
   }
 
  private:
@@ -157,13 +158,13 @@ class VtdGuest final : public FrontEndGuest {
       enqueue(wait_with_status | ++waited_ << 32, status);
     }
   }
-  void notify(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
+  void notify(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept override {
     events_.error = {};
     if (unit_.write_tail(tail_ * 16) != viommu::Progress::done) unit_.finish();
     Error error = events_.error;
     if (error.ok() && static_cast<std::uint32_t>(tables_.load(status)) != static_cast<std::uint32_t>(waited_))
       error = make_error(Errc::io_error, Stage::map, "VT-d did not complete a wait descriptor");
-    for (std::size_t i = 0; i < batch.size(); ++i) errors[i] = error;
+    for (std::size_t i = 0; i < batch.size(); ++i) verdicts[i] = {error, batch[i].range.length()};
   }
 
  private:
@@ -258,18 +259,8 @@ class PaprGuest final : public FrontEndGuest {
     listed_ = !batch.empty() && batch[0].kind == trace::EventKind::map;
     if (listed_) write_list(guest_ram_start + batch[0].memory, (batch[0].range.span() >> 12) + 1);
   }
-  void notify(std::span<const Operation> batch, std::span<Error> errors) noexcept override {
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-      const Operation& op = batch[i];
-      const std::uint64_t pages = (op.range.span() >> 12) + 1;
-      if (op.range.last.value >= window_bytes) {
-        errors[i] = make_error(Errc::unsupported, Stage::map, "the trace uses addresses beyond the PAPR window");
-        continue;
-      }
-      errors[i] = op.kind == trace::EventKind::map
-                      ? put(op.range.start.value, guest_ram_start + op.memory, pages)
-                      : call(viommu::hcall::stuff_tce, {liobn, op.range.start.value, 0, pages});
-    }
+  void notify(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept override {
+    for (std::size_t i = 0; i < batch.size(); ++i) verdicts[i] = {call_for(batch[i]), batch[i].range.length()};
   }
 
  private:
@@ -280,6 +271,13 @@ class PaprGuest final : public FrontEndGuest {
   void write_list(std::uint64_t gpa, std::uint64_t pages) const noexcept {
     for (std::uint64_t i = 0; i < std::min(pages, viommu::hcall::indirect_entries_max); ++i)
       tables_.store(list + i * 8, __builtin_bswap64((gpa + i * page) | 3));
+  }
+  Error call_for(const Operation& op) noexcept {
+    const std::uint64_t pages = (op.range.span() >> 12) + 1;
+    if (op.range.last.value >= window_bytes)
+      return make_error(Errc::unsupported, Stage::map, "the trace uses addresses beyond the PAPR window");
+    return op.kind == trace::EventKind::map ? put(op.range.start.value, guest_ram_start + op.memory, pages)
+                                            : call(viommu::hcall::stuff_tce, {liobn, op.range.start.value, 0, pages});
   }
   Error put(std::uint64_t at, std::uint64_t gpa, std::uint64_t pages) noexcept {
     if (pages == 1) return call(viommu::hcall::put_tce, {liobn, at, gpa | 3, 0});

@@ -10,6 +10,7 @@
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
 #include "replay/plan.hpp"
+#include "replay/target.hpp"
 #include "viommu/guest_memory.hpp"
 #include "viommu/shadow_target.hpp"
 
@@ -57,8 +58,9 @@ class FrontEndGuest {
   virtual Result<void> detach(viommu::ShadowTarget& target) = 0;
   /// Writes at most 64 operations into guest memory, as a driver does before it notifies.
   virtual void write(std::span<const Operation> batch) noexcept = 0;
-  /// Notifies once of what was written, and waits for the answers; `errors` has one per operation.
-  virtual void notify(std::span<const Operation> batch, std::span<Error> errors) noexcept = 0;
+  /// Notifies once of what was written, and waits for the answers. No protocol says how much an unmap removed: its
+  /// verdict has what it asked for.
+  virtual void notify(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept = 0;
 };
 
 std::unique_ptr<FrontEndGuest> make_virtio_iommu_guest(const viommu::GuestMemory& memory, std::size_t batch_max);

@@ -1,7 +1,6 @@
 #include "replay/front_end_target.hpp"
 
 #include <algorithm>
-#include <array>
 #include <utility>
 #include <vector>
 
@@ -11,7 +10,7 @@
 namespace iovane::replay {
 namespace {
 
-constexpr std::size_t errors_at_once = 64;
+constexpr std::size_t operations_at_once = 64;
 
 }  // namespace
 
@@ -70,18 +69,15 @@ Result<void> FrontEndTarget::open_host(Host& host, const GuestMemory& memory) {
 }
 
 void FrontEndTarget::prepare(std::span<const Operation> batch) noexcept {
-  guest_->write(batch.first(std::min(errors_at_once, batch.size())));
+  guest_->write(batch.first(std::min(operations_at_once, batch.size())));
   prepared_ = true;
 }
 
 void FrontEndTarget::run(std::span<const Operation> batch, std::span<Verdict> verdicts) noexcept {
-  std::array<Error, errors_at_once> errors;
-  for (std::size_t first = 0; first < batch.size(); first += errors.size()) {
-    const auto part = batch.subspan(first, std::min(errors.size(), batch.size() - first));
+  for (std::size_t first = 0; first < batch.size(); first += operations_at_once) {
+    const auto part = batch.subspan(first, std::min(operations_at_once, batch.size() - first));
     if (!std::exchange(prepared_, false)) guest_->write(part);
-    guest_->notify(part, std::span{errors}.first(part.size()));
-    // No protocol says how much an unmap removed: what it asked for. The index is compared after every batch.
-    for (std::size_t i = 0; i < part.size(); ++i) verdicts[first + i] = {errors[i], part[i].range.length()};
+    guest_->notify(part, verdicts.subspan(first, part.size()));
   }
 }
 

@@ -51,11 +51,14 @@ Result<Plan> make_plan(const trace::Trace& trace, std::uint64_t events_max, Byte
   for (const trace::Event& e : events)
     if (e.kind == trace::EventKind::map) coverage.add(e.physical / granule, (e.physical + e.range.span()) / granule);
   // Before the layout: counts of granules cannot overflow, the padding between pieces is bounded by their sum.
-  if (coverage.count() > memory_max.value / granule)
+  if (coverage.count() > memory_max.value / granule) {
+    constexpr std::uint64_t granules_per_mib = (1U << 20) / granule;
+    const std::uint64_t need_mib = coverage.count() / granules_per_mib + (coverage.count() % granules_per_mib != 0);
     return base::fail(Errc::limit_reached, Stage::validate, 0,
-                      "the trace maps {} MiB of memory, replay was allowed {} MiB; replay fewer events (--events) or "
-                      "allow more (--memory)",
-                      coverage.count() * granule >> 20, memory_max.value >> 20);
+                      "the trace maps {} MiB of memory, replay was allowed {} MiB; allow as much (--memory {}) or "
+                      "replay fewer events (--events)",
+                      need_mib, memory_max.value >> 20, need_mib);
+  }
   const Layout layout{coverage};
   Plan plan;
   plan.memory = Bytes{layout.size() * granule};

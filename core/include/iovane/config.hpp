@@ -22,12 +22,16 @@ enum class DescriptorUse : std::uint8_t {
 struct WorkerConfig {
   bool enabled = true;  ///< false: what needs a worker is refused
   bool pin = true;      ///< run on the CPUs of the node only, where there are several nodes
+  /// A second thread per node, iovane-u<number>, which sleeps until the first has ended, as by a seccomp filter, and
+  /// then goes on in its place. Without it the callers who wait for the worker do, and nobody does for a caller who
+  /// sleeps on an eventfd or a ring.
+  bool understudy = true;
   /// How long an idle worker looks for work before it sleeps; 0 for never. A sleeping worker costs its caller a wake of
   /// some 70 microseconds.
   std::chrono::nanoseconds spin{0};
-  /// Called first thing on each worker's thread, with its number: the place for a host's own seccomp filter or control
-  /// group. The calls that a worker makes are in docs/ENGINE.md. If it throws, the worker does nothing, and whoever
-  /// waits for it does its work.
+  /// Called first thing on each worker's thread (and its understudy's), with its number: the place for a host's own
+  /// seccomp filter or control group. The calls that a worker makes are in docs/ENGINE.md. If it throws, the worker
+  /// does nothing, and whoever waits for it does its work.
   std::function<void(unsigned)> on_start{};
 };
 

@@ -1,0 +1,236 @@
+// A worker that dies in the nth kernel call of a mixed workload, before the call or after it took effect, for every n:
+// another thread goes on. No completion is lost, and afterwards index, pins and kernel agree and all is usable.
+#include <gtest/gtest.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "backends/kernel_decorators.hpp"
+#include "backends/model/model_kernel.hpp"
+#include "backends/open.hpp"
+#include "engine/engine_core.hpp"
+#include "iovane/engine.hpp"
+
+namespace iovane {
+namespace {
+
+using namespace std::chrono_literals;
+using backends::model::ModelKernel;
+using backends::model::ModelUsage;
+
+constexpr std::uint64_t page = 4096;
+constexpr std::uint64_t base_iova = 0x1000'0000;
+constexpr std::size_t window_pages = 48;
+constexpr std::size_t memory_pages = 32;
+
+bool on_thread(char kind) {
+  std::array<char, 16> name{};
+  pthread_getname_np(pthread_self(), name.data(), name.size());
+  return std::string_view{name.data()}.starts_with(std::string{"iovane-"} + kind);
+}
+
+/// Ends a worker's thread in its nth call, as a seccomp filter would: without a word.
+class DeadlyKernel final : public backends::KernelDecorator {
+ public:
+  enum class When { before_call, after_call };
+  DeadlyKernel(backends::Kernel& inner, std::uint64_t nth, When when, bool understudy_too)
+      : KernelDecorator{inner}, left_{nth}, when_{when}, understudy_too_{understudy_too} {}
+
+  long ioctl(int fd, unsigned long request, void* argument) noexcept override {
+    const bool counts = on_thread('w') || (understudy_too_ && on_thread('u'));
+    if (!counts || left_ == 0 || --left_ != 0) return inner().ioctl(fd, request, argument);
+    if (!fired && understudy_too_) left_ = 2;  // and the understudy in the second call of its own
+    fired = true;
+    if (when_ == When::after_call) (void)inner().ioctl(fd, request, argument);
+    ::syscall(SYS_exit, 0);
+    return -EIO;
+  }
+  bool fired = false;
+
+ private:
+  std::uint64_t left_;
+  const When when_;
+  const bool understudy_too_;
+};
+
+struct Sweep {
+  const char* name;
+  const char* interface;
+  UnmapMode unmap;
+  bool understudy;
+  bool understudy_dies_too;
+};
+
+class WorkerDeath : public ::testing::TestWithParam<Sweep> {
+ protected:
+  WorkerDeath() : memory_((memory_pages + 1) * page) {
+    auto start = reinterpret_cast<std::uintptr_t>(memory_.data());
+    pages_ = reinterpret_cast<std::byte*>((start + page - 1) & ~(page - 1));
+    for (std::size_t p = 0; p < memory_pages; ++p)
+      for (std::size_t i = 0; i < page; ++i) pages_[p * page + i] = static_cast<std::byte>(p + 1);
+  }
+  static IovaRange at(std::uint64_t first, std::uint64_t count = 1) {
+    return *IovaRange::from_length(Iova{base_iova + first * page}, Bytes{count * page});
+  }
+  MemoryPiece memory(std::size_t first, std::size_t count = 1) const {
+    return MemoryPiece::at(pages_ + first * page, Bytes{count * page});
+  }
+  MapRequest request(std::uint64_t where, MemoryPiece piece) const {
+    MapRequest map;
+    map.memory = piece;
+    map.placement = Placement::fixed(at(where).start);
+    return map;
+  }
+
+  void open(backends::Kernel& kernel) {
+    engine_ = EngineAccess::open(*backends::open_backend(kernel, {.name = GetParam().interface}), "model",
+                                 {.understudy = GetParam().understudy});
+    AddressSpaceConfig config;
+    config.unmap = GetParam().unmap;
+    config.relaxed.mappings_max = 3;
+    config.relaxed.time_max = 1h;
+    space_ = *engine_.create_address_space(config);
+    ASSERT_TRUE(space_.attach({.pci_address = kernel_->device(0).address()}));
+    registered_ = *space_.register_memory({pages_ + 16 * page, Bytes{8 * page}, -1, 0});
+    queue_ = *space_.open_queue({.depth = 16, .submit = SubmitMode::never_block});
+  }
+
+  /// Every completion of what was staged, as the operations were numbered.
+  void submit_and_wait() {
+    const std::size_t count = queue_.outstanding();
+    queue_.submit();
+    std::array<Completion, 16> done;
+    ASSERT_EQ(queue_.wait(done, count, 20s), count) << "completions were lost";
+    for (std::size_t i = 0; i < count; ++i) {
+      EXPECT_EQ(done[i].user_data, i);
+      if (done[i].ok()) continue;
+      ++refused_;
+      // One operation may be given up; others may depend on it.
+      EXPECT_TRUE(done[i].error.code == Errc::io_error || refused_ > 1) << done[i].error.message();
+    }
+  }
+  template <typename Request>
+  void stage(Request r) {
+    r.user_data = queue_.outstanding();
+    EXPECT_TRUE(queue_.stage(r));
+  }
+
+  void workload() {
+    const std::array pieces{memory(6), memory(8), memory(7)};
+    MapRequest scattered = request(6, memory(6));
+    scattered.pieces = pieces;
+    stage(request(0, memory(0)));
+    stage(request(1, memory(1, 3)));
+    stage(scattered);
+    stage(request(10, memory(9)));
+    stage(request(12, registered_.piece(Bytes{0}, Bytes{2 * page})));
+    submit_and_wait();
+    stage(UnmapRequest::of(at(0)));
+    stage(UnmapRequest::of(at(10, 4)));  // two mappings and a hole
+    stage(request(0, memory(11)));       // waits for the first
+    MapRequest linked = request(20, memory(12));
+    linked.order = Order::link;
+    stage(linked);
+    stage(request(21, memory(13)));
+    stage(ReplaceRequest{at(1, 3), memory(2, 3), Access::read_write, 0, Order::free});
+    submit_and_wait();
+    for (std::uint64_t p = 30; p < 34; ++p) stage(request(p, memory(p - 20)));
+    MapRequest anywhere;
+    anywhere.memory = memory(4, 2);
+    anywhere.placement = Placement::anywhere({}, Iova{0xffff'ffff});
+    stage(anywhere);
+    submit_and_wait();
+    registered_ = Memory{};  // unregistered with its last mapping
+    stage(UnmapRequest::of(at(30)));
+    stage(UnmapRequest::of(at(32)));
+    stage(UnmapRequest::of(at(33)));
+    stage(request(32, memory(14)));
+    stage(UnmapRequest::of(at(6, 3)));
+    submit_and_wait();
+    (void)space_.flush();
+  }
+
+  void index_and_kernel_agree() {
+    for (std::uint64_t p = 0; p < window_pages; ++p) {
+      const auto info = space_.find(at(p).start);
+      std::array<std::byte, 1> seen{};
+      const auto read = kernel_->device(0).dma_read(at(p).start, seen);
+      EXPECT_EQ(info.has_value(), read.ok()) << "page " << p;
+      if (info && !info->memory.memory && read.ok() && info->range.length().value == page) {
+        EXPECT_EQ(seen[0], *reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(info->memory.offset)));
+      }
+    }
+    EXPECT_EQ(space_.stats().quarantined_mappings, 0U);
+  }
+
+  void all_is_usable_again() {
+    EXPECT_TRUE(space_.unmap_all());
+    EXPECT_EQ(kernel_->usage().pinned.value, 0U) << "pins leaked";
+    for (std::uint64_t p = 0; p < window_pages; ++p) {
+      const Completion again = space_.map(request(p, memory(p % memory_pages)));
+      EXPECT_TRUE(again.ok()) << "page " << p << ": " << again.error.message();
+    }
+    index_and_kernel_agree();
+    EXPECT_EQ(space_.unmap(UnmapRequest::of(at(0, window_pages))).bytes.value, window_pages * page);
+  }
+
+  std::unique_ptr<ModelKernel> kernel_;
+  Engine engine_;
+  AddressSpace space_;
+  Memory registered_;
+  Queue queue_;
+  unsigned refused_ = 0;
+  std::vector<std::byte> memory_;
+  std::byte* pages_ = nullptr;
+};
+
+TEST_P(WorkerDeath, InAnyKernelCallLosesNothing) {
+#ifdef IOVANE_SANITIZED
+  GTEST_SKIP() << "sanitizers do not bear a thread that ends by system call";
+#endif
+  for (const auto when : {DeadlyKernel::When::before_call, DeadlyKernel::When::after_call}) {
+    std::uint64_t n = 0;
+    for (bool fired = true; fired;) {
+      ++n;
+      ASSERT_LT(n, 500U) << "the sweep does not end";
+      SCOPED_TRACE(::testing::Message() << "call " << n << (when == DeadlyKernel::When::after_call ? ", done" : ""));
+      kernel_ = *ModelKernel::create();
+      DeadlyKernel deadly{*kernel_, n, when, GetParam().understudy_dies_too};
+      refused_ = 0;
+      open(deadly);
+      workload();
+      fired = deadly.fired;
+      EXPECT_TRUE(fired || refused_ == 0);
+      index_and_kernel_agree();
+      all_is_usable_again();
+      queue_ = Queue{};
+      space_ = AddressSpace{};
+      engine_ = Engine{};
+      EXPECT_EQ(kernel_->usage(), ModelUsage{}) << "something was left behind";
+      if (HasFailure()) return;
+    }
+    EXPECT_GT(n, 5U) << "the sweep reached hardly anything";
+    std::printf("%s: %llu deaths\n", GetParam().name, static_cast<unsigned long long>(n - 1));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Software, WorkerDeath,
+                         ::testing::Values(Sweep{"iommufd", "iommufd", UnmapMode::strict, true, false},
+                                           Sweep{"iommufd_relaxed", "iommufd", UnmapMode::relaxed, true, false},
+                                           Sweep{"iommufd_alone", "iommufd", UnmapMode::strict, false, false},
+                                           Sweep{"iommufd_twice", "iommufd", UnmapMode::strict, true, true},
+                                           Sweep{"iommufd_relaxed_twice", "iommufd", UnmapMode::relaxed, true, true},
+                                           Sweep{"type1", "type1", UnmapMode::strict, true, false},
+                                           Sweep{"type1_relaxed_alone", "type1", UnmapMode::relaxed, false, false}),
+                         [](const auto& test) { return test.param.name; });
+
+}  // namespace
+}  // namespace iovane
