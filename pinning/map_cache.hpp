@@ -42,9 +42,10 @@ struct MapCacheConfig {
   /// Misses are rounded to multiples of this where the memory allows: a power of two, from the provider's granule up
   /// to its border. Rounding pins neighbouring memory of the process too.
   Bytes chunk{64 * 1024};
-  /// A miss that begins where an earlier one's memory ended pins twice as much as that one did, up to this: a power of
-  /// two, chunk or more and at most an eighth of bytes_max. 0: always a chunk. A call of the kernel costs about as much
-  /// as pinning a dozen OS pages, so a sequential user with small buffers pays for the call again in every chunk.
+  /// A miss that begins where an earlier one's memory ended goes up to the next multiple of twice what that one took,
+  /// up to this: a power of two, chunk or more and at most an eighth of bytes_max. 0: always a chunk. A call of the
+  /// kernel costs about as much as pinning a dozen OS pages, so a sequential user with small buffers pays for the call
+  /// again in every chunk.
   Bytes chunk_max{0};
   /// This cache's own limit, beside those of the shared budget.
   Bytes bytes_max{ByteLimit::unlimited};
@@ -127,6 +128,8 @@ class MapCache final : public Evictor, public StalenessListener {
   /// The memory changed (or is about to): nothing in this range is served again from what is pinned now. Regions in
   /// use stay pinned until released. Returns how many regions left. Any thread.
   std::size_t invalidate(const MemoryRange& range) noexcept override;
+  /// Nothing is served again from what is pinned now, although the memory is what it was.
+  void drop_all() noexcept { (void)retire({0, key_last}); }
   /// Unpins retired regions whose leases are gone. Misses, evictions and the monitor's second thread do it too.
   /// Returns the bytes that came free.
   std::uint64_t collect() noexcept override;
@@ -154,7 +157,7 @@ class MapCache final : public Evictor, public StalenessListener {
 
   static constexpr std::size_t streams_max = 16;
 
-  /// A sequential user: where its next miss would begin, and how much the last one took.
+  /// A sequential user: where its next miss would begin, and how far the last one could have gone.
   struct Stream {
     std::uint64_t next = 0;
     std::uint64_t bytes = 0;
@@ -173,9 +176,10 @@ class MapCache final : public Evictor, public StalenessListener {
   // map_cache_miss.cpp
   enum class PlanVerdict : std::uint8_t { covered, planned, wait };
   PlanVerdict plan(PinBatch& batch) noexcept;
-  MemoryRange with_margin(const PinBatch& batch) const noexcept;
-  void note_stream(const MemoryRange& area) noexcept;
+  MemoryRange with_margin(PinBatch& batch) const noexcept;
+  void note_stream(const MemoryRange& area, std::uint64_t step) noexcept;
   void supersede_weaker(PinBatch& batch) noexcept;
+  bool is_in_flight(const MemoryRange& range) const noexcept;
   void add_gap(PinBatch& batch, MemoryRange gap) noexcept;
   Result<void> fill_in(PinBatch& batch) noexcept;
   Result<void> charge(PinBatch& batch) noexcept;
@@ -186,11 +190,13 @@ class MapCache final : public Evictor, public StalenessListener {
   void uncharge(std::uint8_t node, std::uint64_t bytes) noexcept;
   bool make_room(std::uint64_t bytes, std::uint8_t node, BudgetRefusal::Limit which, const MemoryRange& keep,
                  std::uint64_t unpins_seen) noexcept;
+  bool settle(std::uint64_t unpins_seen) noexcept;
   bool await_unpins(std::uint64_t unpins_seen) noexcept;
   bool await_walkers() noexcept;
   Error refusal_text(const BudgetRefusal& refusal) const noexcept;
   // map_cache_retire.cpp
   std::uint64_t evict_beside(std::uint64_t bytes, std::uint8_t node, const MemoryRange* keep) noexcept;
+  std::size_t retire(const MemoryRange& range) noexcept;
   void retire_locked(RegionId id) noexcept;
   void push_retired(RegionId id, RegionList list) noexcept;
   RegionId pop_retired() noexcept;
@@ -211,6 +217,7 @@ class MapCache final : public Evictor, public StalenessListener {
   EvictionPolicy policy_;
   ByteLimit space_;
   std::array<InFlight, in_flight_max> in_flight_{};
+  std::size_t in_flight_count_ = 0;  // places of it in use
   /// Single misses in the first half, in the second half those that were gone on with, so that random misses do not
   /// push those out. Each half is a ring.
   std::array<Stream, streams_max> streams_{};
