@@ -179,6 +179,11 @@ class BackendSpace {
   /// Precondition (checked by the engine, which has the index): no mapping of the region lives. Where the precondition
   /// is broken the kernel keeps such pages pinned until their unmap; nothing dangles.
   virtual Result<void> unregister_memory(RegionId region) = 0;
+  /// [start, last] of this process was unmapped, discarded or replaced, or is about to be: what the interface keeps
+  /// pinned of it is not what a later map means. Only where pins go by address (sPAPR) is there anything to do: such a
+  /// map is refused (busy) until the last mapping and the last region that need the old pages are gone. Any thread, at
+  /// any time; neither allocates nor waits for anybody who does.
+  virtual void memory_changed(std::uint64_t /*start*/, std::uint64_t /*last*/) noexcept {}
 
   /// Brings a device in; may narrow usable_ranges(). Undoes itself on failure.
   virtual Result<AttachedDevice> attach(const DeviceSource& source) = 0;

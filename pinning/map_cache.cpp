@@ -64,7 +64,7 @@ MapCache::~MapCache() {
   }
   if (watcher_ != nullptr) watcher_->remove_listener(*this);
   budget_.remove_evictor(*this);
-  invalidate({0, key_last});
+  drop_all();
   collect();
 }
 
@@ -117,7 +117,7 @@ Result<MemoryRange> MapCache::add_file(int fd, Bytes length) noexcept {
 }
 
 Result<void> MapCache::remove_file(const MemoryRange& window) noexcept {
-  invalidate(window);
+  (void)retire(window);
   {
     std::unique_lock held{lock_};
     while (is_in_flight(window)) changed_->wait(held);
@@ -154,6 +154,8 @@ void MapCache::changes_end() noexcept {
   changed_->notify_all();
 }
 
-void MapCache::forked() noexcept { invalidate({0, file_key_first - 1}); }
+// Providers whose pins go by address have nothing to do here: kernels that have such (sPAPR, Linux 6.12) give the child
+// copies of pinned pages, and the parent keeps its own.
+void MapCache::forked() noexcept { (void)retire({0, file_key_first - 1}); }
 
 }  // namespace iovane::pinning

@@ -128,6 +128,8 @@ class MapCache final : public Evictor, public StalenessListener {
   /// The memory changed (or is about to): nothing in this range is served again from what is pinned now. Regions in
   /// use stay pinned until released. Returns how many regions left. Any thread.
   std::size_t invalidate(const MemoryRange& range) noexcept override;
+  /// Nothing is served again from what is pinned now, although the memory is what it was.
+  void drop_all() noexcept { (void)retire({0, key_last}); }
   /// Unpins retired regions whose leases are gone. Misses, evictions and the monitor's second thread do it too.
   /// Returns the bytes that came free.
   std::uint64_t collect() noexcept override;
@@ -188,11 +190,13 @@ class MapCache final : public Evictor, public StalenessListener {
   void uncharge(std::uint8_t node, std::uint64_t bytes) noexcept;
   bool make_room(std::uint64_t bytes, std::uint8_t node, BudgetRefusal::Limit which, const MemoryRange& keep,
                  std::uint64_t unpins_seen) noexcept;
+  bool settle(std::uint64_t unpins_seen) noexcept;
   bool await_unpins(std::uint64_t unpins_seen) noexcept;
   bool await_walkers() noexcept;
   Error refusal_text(const BudgetRefusal& refusal) const noexcept;
   // map_cache_retire.cpp
   std::uint64_t evict_beside(std::uint64_t bytes, std::uint8_t node, const MemoryRange* keep) noexcept;
+  std::size_t retire(const MemoryRange& range) noexcept;
   void retire_locked(RegionId id) noexcept;
   void push_retired(RegionId id, RegionList list) noexcept;
   RegionId pop_retired() noexcept;

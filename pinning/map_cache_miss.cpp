@@ -69,6 +69,8 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
     if (providers_limit &&
         make_room(batch.wanted.length().value, any_node, BudgetRefusal::Limit::process, batch.wanted, unpins_seen))
       continue;
+    // The memory changed while it was pinned, and this provider's pins go by address: the old one has to go first.
+    if (code == Errc::busy && settle(unpins_seen)) continue;
     if (batch.margin != PinBatch::Margin::none && code != Errc::closed) {
       // Perhaps only the neighbourhood is at fault: memory that is not there, or a budget that is all but used up.
       batch.margin = static_cast<PinBatch::Margin>(static_cast<unsigned>(batch.margin) - 1);
@@ -376,6 +378,11 @@ bool MapCache::make_room(std::uint64_t bytes, std::uint8_t node, BudgetRefusal::
   if (evict_beside(bytes, where, &keep) != 0) return true;
   if (which != BudgetRefusal::Limit::space && budget_.evict_elsewhere(*this, bytes, where) != 0) return true;
   return await_unpins(unpins_seen) || await_walkers();
+}
+
+// Without lock_. True when something that had been retired is unpinned.
+bool MapCache::settle(std::uint64_t unpins_seen) noexcept {
+  return collect() != 0 || await_unpins(unpins_seen) || await_walkers();
 }
 
 // A thread that was interrupted in the middle of a lookup holds everything back that it might have found, for as long

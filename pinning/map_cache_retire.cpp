@@ -39,6 +39,12 @@ RegionId MapCache::pop_retired() noexcept {
 
 std::size_t MapCache::invalidate(const MemoryRange& range) noexcept {
   if (!range.well_formed()) return 0;
+  // First: who misses from here on must not be given the old pages.
+  if (!range.is_file()) provider_.memory_changed(range);
+  return retire(range);
+}
+
+std::size_t MapCache::retire(const MemoryRange& range) noexcept {
   const std::lock_guard held{lock_};
   if (in_flight_count_ != 0)
     for (InFlight& f : in_flight_)

@@ -68,6 +68,11 @@ class PinProvider {
   /// through its handle any more and the pin is gone; otherwise the range stays as it is, for good.
   virtual void unpin(std::span<const UnpinRequest> requests, std::span<Error> outcomes) noexcept = 0;
 
+  /// Memory of this process was unmapped, discarded or replaced. Providers whose pins go by address answer busy to pins
+  /// of it until what they pinned there before is unpinned; for others there is nothing to do. From any thread,
+  /// the monitor's too: must not allocate, nor wait for a thread that may be allocating.
+  virtual void memory_changed(const MemoryRange& /*range*/) noexcept {}
+
   /// What the kernel will charge against memlock for such a pin. A pure function of the request.
   virtual Bytes memlock_charge(const PinRequest& request) const noexcept { return request.range.length(); }
 };

@@ -221,6 +221,13 @@ MemlockUse ModelKernel::memlock() noexcept {
           .exempt = host_.options.memlock.ipc_lock};
 }
 
+void ModelKernel::pages_leave(const void* address, std::size_t length) {
+  host_.spapr_memory.pages_leave(reinterpret_cast<std::uintptr_t>(address), length);
+  host_.files.for_each([](File& file) {
+    if (auto* container = dynamic_cast<SpaprContainerFile*>(&file); container != nullptr) container->pages_left();
+  });
+}
+
 ModelUsage ModelKernel::usage() const {
   SpaceUsage pages;
   ModelUsage usage;

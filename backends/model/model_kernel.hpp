@@ -6,8 +6,8 @@
 // differ, it is wrong. Source of the behaviour: Linux 6.12 to 7.2, drivers/iommu/iommufd, drivers/vfio.
 //
 // Not imitated: argument addresses that are not mapped in the process (only null is EFAULT), nested tables, PASIDs.
-// Memory that a device can reach must stay mapped in the process: a kernel's pin would keep the
-// pages when the process unmaps them, this one cannot.
+// Memory that a device can reach must stay mapped in the process: a kernel's pin would keep the pages when the process
+// unmaps them, this one cannot; pages_leave() imitates it for registered memory of sPAPR.
 #pragma once
 
 #include <chrono>
@@ -62,6 +62,9 @@ class ModelKernel final : public Kernel {
 
   /// Failures and latency on demand.
   Injection& injection() noexcept { return host_.injection; }
+  /// To be called before the process exchanges the pages at [address, address + length), by munmap(), madvise() or
+  /// mremap(): what is registered with sPAPR leads on to the old ones, as a kernel's pins do.
+  void pages_leave(const void* address, std::size_t length);
   /// A snapshot; exact when no call is under way.
   ModelUsage usage() const;
 

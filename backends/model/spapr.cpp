@@ -110,7 +110,11 @@ void SpaprContainerFile::detach(IommuGroup& group) noexcept {
   if (domain_) group.leave(*domain_);
   std::erase(groups_, &group);
   group.disclaim();
-  if (groups_.empty()) drop_all();
+  if (groups_.empty()) return drop_all();
+  // As Linux since 6.9 does: the leaving group's windows are cleared first, although the others share them.
+  for (std::size_t slot = 0; slot < TceWindows::windows_max; ++slot)
+    if (TceTable* const table = windows_.at(slot)) clear(*table, 0, table->count());
+  if (domain_) domain_->invalidate(IovaRange::everything());
 }
 
 void SpaprContainerFile::drop_all() noexcept {
@@ -294,7 +298,12 @@ long SpaprContainerFile::disable() noexcept {
 int SpaprContainerFile::enter(TceTable& table, std::uint64_t index, std::uint64_t address,
                               std::uint64_t access) noexcept {
   if (driver_ == Driver::v2) {
-    if (!host_.spapr_memory.map(address, table.page())) return -EINVAL;
+    try {
+      address = host_.spapr_memory.map(address, table.page());
+    } catch (const std::bad_alloc&) {
+      return -ENOMEM;
+    }
+    if (address == 0) return -EINVAL;
     if (!platform().huge_backing && table.page() > os_page_bytes) {
       host_.spapr_memory.unmap(address);
       return -EPERM;
@@ -354,6 +363,21 @@ long SpaprContainerFile::unmap(std::uint64_t argument) noexcept {
   clear(*table, first, count);
   if (count != 0) domain_->invalidate({Iova{c.iova}, Iova{c.iova + (c.size - 1)}});
   return 0;  // and `size` stays what was asked for
+}
+
+void SpaprContainerFile::pages_left() {
+  const std::unique_lock lock{mutex_};
+  if (driver_ != Driver::v2) return;
+  for (std::size_t slot = 0; slot < TceWindows::windows_max; ++slot) {
+    TceTable* const table = windows_.at(slot);
+    for (std::uint64_t i = 0; table != nullptr && i < table->count(); ++i) {
+      const std::uint64_t entry = table->at(i);
+      if (entry == 0) continue;
+      constexpr std::uint64_t rights = 3;
+      table->exchange(i, host_.spapr_memory.moved(entry & ~rights, table->page()) | (entry & rights));
+    }
+  }
+  domain_->invalidate(IovaRange::everything());
 }
 
 // ---- error handling ----

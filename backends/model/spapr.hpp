@@ -29,6 +29,8 @@ class SpaprContainerFile final : public Container {
   void detach(IommuGroup& group) noexcept override;
   bool has_driver() const noexcept override;
   void add_usage(SpaceUsage& usage, std::size_t& mappings) const noexcept override;
+  /// After SpaprMemory::pages_leave(): TCEs lead on to the pages that they led to.
+  void pages_left();
 
  private:
   enum class Driver : std::uint8_t { none, v1, v2 };

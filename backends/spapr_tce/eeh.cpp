@@ -7,9 +7,7 @@
 #include "base/error_text.hpp"
 #include "base/os_error.hpp"
 
-namespace iovane::backends {
-
-namespace vfio = uapi::vfio;
+namespace iovane {
 
 std::string_view to_string(EehState state) noexcept {
   switch (state) {
@@ -21,6 +19,12 @@ std::string_view to_string(EehState state) noexcept {
   }
   return "unknown";
 }
+
+}  // namespace iovane
+
+namespace iovane::backends {
+
+namespace vfio = uapi::vfio;
 
 Result<long> SpaprEeh::operate(std::uint32_t op, const char* name, const EehInjection* error) {
   vfio::EehPeOp call{.op = op};

@@ -1,8 +1,4 @@
-// Enhanced Error Handling: POWER stops a device that misbehaves, and the one who owns it decides how it comes back.
-//
-// The platform freezes a partitionable endpoint (PE) on an error: its DMA is dropped and reads of its registers return
-// ones. Maps and unmaps made meanwhile change the tables as always; the device sees them once it runs again. Recovery
-// is either unfreezing (registers first, to look; then DMA) or a reset (assert, deactivate) and configure().
+// The calls of Enhanced Error Handling on a container; core/include/iovane/error_handling.hpp says what it is.
 #pragma once
 
 #include <cstdint>
@@ -10,35 +6,9 @@
 
 #include "backends/kernel.hpp"
 #include "iovane/result.hpp"
+#include "iovane/spapr_types.hpp"
 
 namespace iovane::backends {
-
-enum class EehState : std::uint8_t {
-  normal,       ///< registers and DMA work
-  reset,        ///< in reset
-  stopped,      ///< frozen: neither registers nor DMA
-  stopped_dma,  ///< registers work, DMA does not
-  unavailable,  ///< the platform gave it up for now, or for good
-};
-std::string_view to_string(EehState state) noexcept;
-
-enum class EehReset : std::uint8_t { hot, fundamental };
-
-/// An error to be made up by the platform, for tests of recovery.
-struct EehInjection {
-  bool wide = false;  ///< a 64-bit error instead of a 32-bit one
-  std::uint32_t function =
-      0;  ///< LoPAR's ibm,errinjct function: 0 load from memory, 4 load from configuration space, ...
-  std::uint64_t address = 0;
-  std::uint64_t mask = 0;
-};
-
-/// A change of state that check() found.
-struct EehEvent {
-  EehState before = EehState::normal;
-  EehState now = EehState::normal;
-  bool frozen() const noexcept { return now == EehState::stopped || now == EehState::stopped_dma; }
-};
 
 /// The error handling of one container: each call acts on every group in it. Control plane, one thread at a time.
 /// Each call's errors: no_device (no PE, or no device opened from the group), unsupported, io_error.

@@ -45,13 +45,44 @@ Error register_error(Kernel& kernel, long answer, MemorySpan span) {
 
 }  // namespace
 
-std::vector<MemorySpan> ProcessMemory::take(MemorySpan wanted) {
+void ChangeLog::add(MemorySpan span) noexcept {
   const std::lock_guard lock{mutex_};
+  const auto distance = [&](const MemorySpan& other) {
+    if (other.last < span.start) return span.start - other.last;
+    return other.start > span.last ? other.start - span.last : 0;
+  };
+  const auto end = spans_.begin() + static_cast<std::ptrdiff_t>(count_);
+  const auto nearest = std::min_element(
+      spans_.begin(), end, [&](const MemorySpan& a, const MemorySpan& b) { return distance(a) < distance(b); });
+  if (nearest != end && (distance(*nearest) <= 1 || count_ == spans_max))
+    *nearest = {std::min(nearest->start, span.start), std::max(nearest->last, span.last)};
+  else
+    spans_[count_++] = span;
+}
+
+// Under the mutex, before a piece is made: what changed so far concerns those that are there.
+void ProcessMemory::mark_changed() {
+  changes_.drain([this](MemorySpan span) {
+    auto at = pieces_.upper_bound(span.start);
+    if (at != pieces_.begin() && std::prev(at)->second.last >= span.start) --at;
+    for (; at != pieces_.end() && at->first <= span.last; ++at) at->second.stale = true;
+  });
+}
+
+Result<std::vector<MemorySpan>> ProcessMemory::take(MemorySpan wanted) {
+  const std::lock_guard lock{mutex_};
+  mark_changed();
   std::vector<MemorySpan> cover;
   auto at = pieces_.upper_bound(wanted.start);
   if (at != pieces_.begin() && std::prev(at)->second.last >= wanted.start) --at;
   std::uint64_t from = wanted.start;
   for (; at != pieces_.end() && at->first <= wanted.last; ++at) {
+    if (at->second.stale)
+      return base::fail(Errc::busy, Stage::pin, 0,
+                        "memory [{:#x}, {:#x}] changed while it was registered with sPAPR, and the old pages are still "
+                        "in use; registrations go by address, so release the leases, mappings and registered memory "
+                        "that need them, and try again",
+                        at->first, at->second.last);
     if (from < at->first) cover.push_back({from, at->first - 1});
     cover.push_back({at->first, at->second.last});
     from = at->second.last + 1;
@@ -76,12 +107,6 @@ SpaceMemory::SpaceMemory(Kernel& kernel, int container, ProcessMemory& process) 
       container_{container},
       process_{process},
       os_page_{static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE))} {}
-
-Registration& SpaceMemory::at(std::uint32_t number) const noexcept {
-  const auto chunk = static_cast<unsigned>(std::bit_width((number >> first_chunk_bits) + 1)) - 1;
-  const std::uint32_t start = ((1U << chunk) - 1) << first_chunk_bits;
-  return chunks_[chunk][number - start];
-}
 
 Result<std::uint32_t> SpaceMemory::fresh_number() {
   if (!free_.empty()) {
@@ -134,16 +159,17 @@ Result<std::vector<std::uint32_t>> SpaceMemory::hold(std::uint64_t address, std:
     return base::fail(Errc::overflow, Stage::pin, 0, "{} bytes from {:#x} are more than there are addresses", length,
                       address);
   const std::lock_guard lock{mutex_};
-  const std::vector<MemorySpan> cover = process_.take({start, *end_of - 1});
+  const auto cover = process_.take({start, *end_of - 1});
+  if (!cover) return cover.error();
   std::vector<std::uint32_t> held;
-  held.reserve(cover.size());
-  for (const MemorySpan& span : cover) {
+  held.reserve(cover->size());
+  for (const MemorySpan& span : *cover) {
     const auto number = hold_piece(span);
     if (number) {
       held.push_back(*number);
       continue;
     }
-    for (std::size_t i = held.size() + 1; i < cover.size(); ++i) process_.give_back(cover[i].start);
+    for (std::size_t i = held.size() + 1; i < cover->size(); ++i) process_.give_back((*cover)[i].start);
     for (const std::uint32_t taken : held) {
       at(taken).holds.fetch_sub(1, std::memory_order_relaxed);  // relaxed: changes under the mutex
       forget_if_idle(taken);

@@ -10,14 +10,22 @@
 //   maps of memory that nobody registered. The hot path, maps of held memory and their unmaps, takes neither: it adds
 //   to `tces` of a registration that a region holds.
 // A registration's number stays its own while it is in use; its storage never moves.
+//
+// Memory that changes. A registration goes by address, and holds the pages that were there when it was made. Once the
+// process has other pages there, nothing new may be mapped through it, and the kernel makes no second one beside it:
+// until its last user is gone, the answer is busy. Who knows of a change says so by changed(); it is remembered
+// without memory from malloc and without the mutex, because a thread inside malloc's munmap() may be waiting for it.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "backends/kernel.hpp"
@@ -33,22 +41,53 @@ struct MemorySpan {
   std::uint64_t bytes() const noexcept { return last - start + 1; }
 };
 
+/// Ranges that changed since somebody looked. Any thread; no malloc.
+class ChangeLog {
+ public:
+  void add(MemorySpan span) noexcept;
+  /// Calls `visit` for each and forgets it.
+  template <class Visit>
+  void drain(Visit&& visit) {
+    std::array<MemorySpan, spans_max> spans;
+    std::size_t count = 0;
+    {
+      const std::lock_guard lock{mutex_};
+      count = std::exchange(count_, 0);
+      std::copy_n(spans_.begin(), count, spans.begin());
+    }
+    for (std::size_t i = 0; i < count; ++i) visit(spans[i]);
+  }
+
+ private:
+  /// More than so many become one with what lies nearest: then memory in between counts as changed, too.
+  static constexpr std::size_t spans_max = 64;
+  std::mutex mutex_;
+  std::array<MemorySpan, spans_max> spans_{};
+  std::size_t count_ = 0;
+};
+
 /// The pieces that the containers of one process have registered. Any thread.
 class ProcessMemory {
  public:
   /// Disjoint pieces that together cover `wanted`: those that exist, whole, and what is missing between them. Each is
-  /// counted as used once more.
-  std::vector<MemorySpan> take(MemorySpan wanted);
+  /// counted as used once more. Errors: busy (one of them leads to pages that are no longer there).
+  Result<std::vector<MemorySpan>> take(MemorySpan wanted);
   /// One user less.
   void give_back(std::uint64_t start) noexcept;
+  /// The pieces that overlap `span` are not given to anybody any more.
+  void changed(MemorySpan span) noexcept { changes_.add(span); }
 
  private:
   struct Piece {
     std::uint64_t last = 0;
     std::uint32_t users = 0;
+    bool stale = false;
   };
+  void mark_changed();
+
   std::mutex mutex_;
   std::map<std::uint64_t, Piece> pieces_;
+  ChangeLog changes_;
 };
 
 /// One range registered in one container.
@@ -65,11 +104,18 @@ class SpaceMemory {
   SpaceMemory(Kernel& kernel, int container, ProcessMemory& process) noexcept;
 
   /// Registers what of [address, address + length) is not, and holds all of it: the numbers, in order of address.
-  /// Errors: bad_memory, memlock_exceeded (limit, use, need), busy (registered by somebody else in this process).
+  /// Errors: bad_memory, memlock_exceeded (limit, use, need), busy (registered by somebody else in this process, or
+  /// changed while it is in use).
   Result<std::vector<std::uint32_t>> hold(std::uint64_t address, std::uint64_t length);
   void release(const std::vector<std::uint32_t>& held) noexcept;
+  /// See ProcessMemory. Without this one's mutex.
+  void changed(MemorySpan span) noexcept { process_.changed(span); }
 
-  Registration& at(std::uint32_t number) const noexcept;
+  Registration& at(std::uint32_t number) const noexcept {
+    const auto chunk = static_cast<unsigned>(std::bit_width((number >> first_chunk_bits) + 1)) - 1;
+    const std::uint32_t start = ((1U << chunk) - 1) << first_chunk_bits;
+    return chunks_[chunk][number - start];
+  }
   /// `count` TCEs lead into it no longer. The last one of memory that nobody holds unregisters it.
   void drop_tces(std::uint32_t number, std::uint64_t count) noexcept;
   /// Unregisters everything, whatever holds it. No TCE is live.

@@ -8,32 +8,14 @@
 
 #include "backends/spapr_tce/eeh.hpp"
 #include "iovane/result.hpp"
+#include "iovane/spapr_types.hpp"
 #include "iovane/types.hpp"
 
 namespace iovane::backends {
 
-/// A window of bus addresses with a TCE table behind it.
-struct SpaprWindow {
-  IovaRange range{};
-  Bytes page{4096};          ///< what one TCE translates
-  std::uint32_t levels = 1;  ///< of its table; 0 for a default window, whose shape the kernel does not tell
-  Bytes table{};             ///< what it added to the process's locked memory
-  bool is_default = false;
-};
-
-/// What the platform can make, from VFIO_IOMMU_SPAPR_TCE_GET_INFO.
-struct SpaprLimits {
-  IovaRange default_window{};
-  std::uint64_t page_sizes = 0;   ///< bit n: TCEs of 2^n bytes; 0 on version 1
-  std::uint32_t windows_max = 0;  ///< the default one included, as far as it exists
-  std::uint32_t levels_max = 0;
-};
-
-struct SpaprWindowRequest {
-  Bytes length{};            ///< a power of two
-  Bytes page{65536};         ///< one of SpaprLimits::page_sizes
-  std::uint32_t levels = 0;  ///< 0: as few as the kernel can find memory for
-};
+using SpaprWindow = Window;
+using SpaprLimits = WindowLimits;
+using SpaprWindowRequest = WindowRequest;
 
 /// What a window's table can charge to the process's locked memory at most: for preflight, before a device is there.
 /// powernv charges the hardware's entries and the kernel's list of process addresses, pseries less; further levels add

@@ -39,8 +39,12 @@ void SpaprSpace::execute(std::span<const BackendOp> ops, std::span<BackendOpResu
   for (std::size_t i = 0; i < ops.size(); ++i) {
     switch (ops[i].kind) {
       case OpKind::map:
+        if (map_common(ops[i], results[i])) break;
+        [[fallthrough]];
       case OpKind::replace: results[i] = map(ops[i]); break;
-      case OpKind::unmap: results[i] = unmap(ops[i].range); break;
+      case OpKind::unmap:
+        if (!unmap_common(ops[i].range, results[i])) results[i] = unmap(ops[i].range);
+        break;
       case OpKind::copy:
         results[i] = {base::fail(Errc::unsupported, Stage::map, 0, "{} has no copy; map the registered memory instead",
                                  to_string(facts_.interface)),
@@ -48,6 +52,50 @@ void SpaprSpace::execute(std::span<const BackendOp> ops, std::span<BackendOpResu
         break;
     }
   }
+}
+
+/// The map that most are: registered memory of one piece, into TCEs that are free. False when it is another one, or
+/// malformed, and nothing has been done: map() knows what to do or to say.
+bool SpaprSpace::map_common(const BackendOp& op, BackendOpResult& result) noexcept {
+  TceBook* const book = book_of(op.range);
+  const std::size_t index = std::size_t{op.region.value} - 1;  // of no region: beyond all
+  if (book == nullptr || index >= regions_.size()) return false;
+  const Region& region = regions_[index];
+  const std::uint64_t span = op.range.span();
+  if (region.held.size() != 1 || span >= region.length || op.memory > region.length - span - 1) return false;
+  const std::uint64_t address = region.address + op.memory;
+  if (op.access == Access::none || ((op.range.start.value | (span + 1) | address) & (book->page() - 1)) != 0)
+    return false;
+  const TceRun run = book->run_of(op.range);
+  if (!book->is_free(run)) return false;
+  if (const int why = map_call(op.range, address, op.access); why != 0) [[unlikely]] {
+    result = {map_error(why, op, address, *book), {}};
+    return true;
+  }
+  const std::uint32_t number = region.held.front();
+  book->fill(run, address, number, op.access);
+  // relaxed: the registration is held while this runs.
+  memory_.at(number).tces.fetch_add(run.count(), std::memory_order_relaxed);
+  result = {{}, Bytes{span + 1}};
+  return true;
+}
+
+/// The unmap that most are: whole TCEs of one window, all of them there, of one registration. False: another one, and
+/// nothing has been done.
+bool SpaprSpace::unmap_common(IovaRange range, BackendOpResult& result) noexcept {
+  TceBook* const book = book_of(range);
+  if (book == nullptr || ((range.start.value | (range.last.value + 1)) & (book->page() - 1)) != 0) return false;
+  const TceRun run = book->run_of(range);
+  const auto registration = book->sole_registration(run);
+  if (!registration) return false;
+  if (const int why = unmap_call(range); why != 0) [[unlikely]] {
+    result = {unmap_error(why, range, {}), {}};
+    return true;
+  }
+  book->clear(run);
+  if (!version_1()) memory_.drop_tces(*registration, run.count());
+  result = {{}, range.length()};
+  return true;
 }
 
 TceBook* SpaprSpace::book_of(IovaRange range) noexcept {
@@ -272,15 +320,19 @@ BackendOpResult SpaprSpace::unmap(IovaRange range) noexcept {
   return sum;
 }
 
+Error SpaprSpace::unmap_error(int os_errno, IovaRange span, Bytes gone) noexcept {
+  return base::fail(Errc::io_error, Stage::unmap, os_errno,
+                    "VFIO_IOMMU_UNMAP_DMA of [{:#x}, {:#x}] failed with errno {}; {} bytes before it are gone",
+                    span.start.value, span.last.value, os_errno, gone.value);
+}
+
 BackendOpResult SpaprSpace::unmap_in(TceBook& book, IovaRange range) noexcept {
   BackendOpResult sum;
   TceRun rest = book.run_of(range);
   while (const auto stretch = book.next_stretch(rest, hole_max)) {
     const IovaRange span = book.range_of(*stretch);
     if (const int why = unmap_call(span); why != 0) {
-      sum.error = base::fail(Errc::io_error, Stage::unmap, why,
-                             "VFIO_IOMMU_UNMAP_DMA of [{:#x}, {:#x}] failed with errno {}; {} bytes before it are gone",
-                             span.start.value, span.last.value, why, sum.bytes.value);
+      sum.error = unmap_error(why, span, sum.bytes);
       return sum;
     }
     sum.bytes.value += leave(book, *stretch) * book.page();

@@ -32,6 +32,7 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   Result<Bytes> unmap_all() noexcept override;
   Result<RegionId> register_memory(const MemoryRange& memory) override;
   Result<void> unregister_memory(RegionId region) override;
+  void memory_changed(std::uint64_t start, std::uint64_t last) noexcept override { memory_.changed({start, last}); }
   Result<AttachedDevice> attach(const DeviceSource& source) override;
   Result<void> detach(DeviceId device) override;
   Result<std::vector<IovaRange>> usable_ranges() override;
@@ -61,6 +62,9 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   };
 
   bool version_1() const noexcept { return facts_.interface == Interface::spapr_v1; }
+  bool map_common(const BackendOp& op, BackendOpResult& result) noexcept;
+  bool unmap_common(IovaRange range, BackendOpResult& result) noexcept;
+  Error unmap_error(int os_errno, IovaRange span, Bytes gone) noexcept;
   BackendOpResult map(const BackendOp& op) noexcept;
   BackendOpResult map_into(TceBook& book, const BackendOp& op, const Source& source) noexcept;
   Error check_map(const TceBook& book, const BackendOp& op, std::uint64_t address) const noexcept;
@@ -80,6 +84,7 @@ class SpaprSpace final : public BackendSpace, public SpaprControl {
   Result<void> open_default_window();
   void disconnect() noexcept;
   Result<void> hold_regions();
+  Result<void> enter_again() noexcept;
   void add_book(TceBook book);
   void facts_of_windows() noexcept;
   Error attach_error(const Error& error, const std::string& device) const noexcept;

@@ -132,7 +132,10 @@ Error SpaprSpace::attach_error(const Error& error, const std::string& device) co
 Result<AttachedDevice> SpaprSpace::attach(const DeviceSource& source) {
   const bool first = groups_.empty();
   const auto added = groups_.add(source);
-  if (!added) return attach_error(added.error(), source.pci_address);
+  if (!added) {
+    if (!first) static_cast<void>(enter_again());  // its group may have been in for a moment
+    return attach_error(added.error(), source.pci_address);
+  }
   type1::GroupDevice& device = **added;
   if (first) {
     if (const auto ready = connected(device.name); !ready) {
@@ -329,9 +332,33 @@ Result<void> SpaprSpace::remove_window(Iova start) {
   return {};
 }
 
+/// Linux (since 6.9) clears every TCE of a container when one of its groups leaves, those of the others too: all that
+/// the book has is mapped again.
+Result<void> SpaprSpace::enter_again() noexcept {
+  std::uint64_t lost = 0;
+  for (TceBook& book : books_) {
+    TceRun rest = book.run_of(book.window().range);
+    while (const auto first = book.first_live(rest)) {
+      TceRun stretch{*first, *first};
+      while (stretch.last < rest.last && book.at(stretch.last + 1).live()) ++stretch.last;
+      if (!restore(book, stretch)) lost += stretch.count() * book.page();
+      if (stretch.last == rest.last) break;
+      rest.first = stretch.last + 1;
+    }
+  }
+  if (lost == 0) return {};
+  return base::fail(Errc::io_error, Stage::detach, 0,
+                    "the kernel unmapped everything when a group left the container, and {} bytes could not be mapped "
+                    "again",
+                    lost);
+}
+
 Result<void> SpaprSpace::detach(DeviceId device) {
   if (!groups_.contains(device)) return groups_.remove(device);
-  if (!groups_.is_last(device)) return groups_.remove(device);
+  if (!groups_.is_last(device)) {
+    if (const auto removed = groups_.remove(device); !removed) return removed;
+    return enter_again();
+  }
   std::uint64_t live = 0;
   for (const TceBook& book : books_) live += book.live_count() * book.page();
   if (live != 0)

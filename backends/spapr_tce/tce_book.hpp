@@ -12,6 +12,7 @@
 // Threads: several, for disjoint ranges: TCEs of different ranges are different words.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -76,6 +77,24 @@ class TceBook {
   /// Memory from `address` on, page by page.
   void fill(TceRun run, std::uint64_t address, std::uint32_t registration, Access access) noexcept;
 
+  /// Nothing is there.
+  bool is_free(TceRun run) const noexcept {
+    if (run.count() > chunk_tces) return !first_live(run);
+    std::uint64_t any = 0;
+    for (std::uint64_t i = run.first; i <= run.last; ++i) any |= words_[i].bits;
+    return any == 0;
+  }
+  /// All of it is there, of one registration and with one access: which one; otherwise nothing.
+  std::optional<std::uint32_t> sole_registration(TceRun run) const noexcept {
+    const TceWord first = words_[run.first];
+    std::uint64_t differ = 0;
+    for (std::uint64_t i = run.first + 1; i <= run.last; ++i) differ |= words_[i].bits ^ first.bits;
+    constexpr std::uint64_t access_and_registration = (std::uint64_t{1} << 24) - 1;
+    if (!first.live() || (differ & access_and_registration) != 0) return std::nullopt;
+    return first.registration();
+  }
+  void clear(TceRun run) noexcept { std::fill_n(words_ + run.first, run.count(), TceWord{}); }
+
   std::optional<std::uint64_t> first_live(TceRun run) const noexcept;
   bool all_live(TceRun run) const noexcept;
   /// All of them, counted: control plane.
@@ -85,6 +104,7 @@ class TceBook {
 
  private:
   static constexpr unsigned chunk_shift = 9;
+  static constexpr std::uint64_t chunk_tces = std::uint64_t{1} << chunk_shift;
   TceBook(const SpaprWindow& window, TceWord* words, std::uint64_t count,
           std::unique_ptr<std::atomic<bool>[]> touched) noexcept;
 

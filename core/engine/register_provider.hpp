@@ -25,6 +25,9 @@ class RegisterProvider final : public pinning::PinProvider {
   const pinning::ProviderTraits& traits() const noexcept override { return traits_; }
   void pin(std::span<const pinning::PinRequest> requests, std::span<pinning::PinOutcome> outcomes) noexcept override;
   void unpin(std::span<const pinning::UnpinRequest> requests, std::span<Error> outcomes) noexcept override;
+  void memory_changed(const pinning::MemoryRange& range) noexcept override {
+    space_.memory_changed(range.start, range.last);
+  }
 
   static backends::RegionId region_of(const pinning::PinHandle& handle) noexcept {
     return {static_cast<std::uint32_t>(handle.token)};

@@ -109,7 +109,7 @@ Bytes SpaceCache::evict(Bytes bytes) noexcept {
 }
 
 void SpaceCache::drop_all() noexcept {
-  cache_->invalidate({0, pinning::key_last});
+  cache_->drop_all();
   cache_->collect();
 }
 

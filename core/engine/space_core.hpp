@@ -15,10 +15,16 @@
 #include "engine/lane.hpp"
 #include "engine/lane_tasks.hpp"
 #include "engine/space_cache.hpp"
+#include "engine/space_events.hpp"
 #include "engine/space_layout.hpp"
 #include "engine/space_state.hpp"
 #include "engine/stats_page.hpp"
 #include "iovane/address_space.hpp"
+
+namespace iovane::backends {
+class SpaprControl;
+class SpaprEeh;
+}  // namespace iovane::backends
 
 namespace iovane::engine {
 
@@ -37,6 +43,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   ~SpaceCore();
 
   const AddressSpaceFacts& facts() const noexcept { return facts_; }
+  /// Stays until close(); null after it.
+  backends::BackendSpace* backend() noexcept { return state_.backend.get(); }
   Lane& lane() noexcept { return lane_; }
   /// The lane's holder only.
   BatchExecutor& executor() noexcept { return *executor_; }
@@ -51,6 +59,9 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   int page_fault_fd() noexcept;
   Result<std::size_t> read_page_faults(std::span<PageFaultEvent> out) noexcept;
   Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
+  // space_events.cpp.
+  Result<void> on_page_fault(PageFaultHandler handler);
+  Result<std::unique_ptr<DescriptorTask>> watch(int fd, std::function<bool()> handler);
   int fault_record_fd() noexcept;
   Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept;
   // space_dirty.cpp.
@@ -59,6 +70,14 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<std::uint64_t> read_dirty(const IovaRange& range, Bytes page_size, std::span<std::uint64_t> bitmap);
   std::size_t take_unmapped_dirty(std::span<DirtyRun> out) noexcept;
   DirtyStats dirty_stats() noexcept;
+
+  // space_windows.cpp.
+  Result<WindowLimits> window_limits();
+  Result<std::vector<Window>> windows();
+  Result<Window> create_window(const WindowRequest& request);
+  Result<void> remove_window(Iova start);
+  // error_handling.cpp. Runs `call` while the space is kept open; its error, closed or unsupported.
+  Result<void> recover(const std::function<Result<void>(backends::SpaprEeh&)>& call);
 
   Result<std::vector<IovaRange>> usable_ranges();
   // space_devices.cpp.
@@ -89,17 +108,21 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<DeviceInfo> attach_now(const DeviceConfig& device);
   /// Takes a device out of the backend. Called with the lane held.
   Result<void> release_device(backends::DeviceId device);
+  void devices_came() noexcept;
+  void stop_pump() noexcept;
   /// Called with the lane held. refresh_usable() reads what the host says and follows it; its error is the first thing
   /// that does not hold any more. expect_device() is asked before a device comes.
   Result<void> refresh_usable();
   Result<std::vector<LayoutBreach>> read_usable();
   Result<void> expect_device(const backends::DeviceSource& source);
   void refresh_facts();
+  Result<backends::SpaprControl*> spapr() const;
   /// Of a mapping that is there.
   bool is_stale(MappingId mapping) const noexcept;
   MappingInfo describe(MappingId mapping) const noexcept;
   std::optional<IovaRange> next_dirty_run(const IovaRange& rest, bool& quarantined) noexcept;
   Error read_dirty_runs(IovaRange& rest, DirtyBitmap& bitmap, std::vector<std::uint64_t>& words, bool& more);
+  Result<DeviceInfo> move_device_now(std::uint32_t device_id, SpaceCore& to, AddressSpace::Gap gap);
   Result<DeviceInfo> move_with_gap(std::uint32_t device_id, SpaceCore& to);
   Result<DeviceInfo> moved_in(backends::AttachedDevice device, SpaceCore& from);
   Error closed_error() const noexcept;
@@ -112,11 +135,14 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   StatsSlot* published_ = nullptr;  // where the counters are instead, when others may look
   SpaceState state_;
   std::unique_ptr<BatchExecutor> executor_;
+  std::mutex recovery_lock_;  // before the lane
   std::mutex worker_lock_;
   Worker* worker_ = nullptr;  // the engine's; set once
   std::unique_ptr<StaleFlusher> flusher_;
   std::unique_ptr<Relief> relief_;
   std::unique_ptr<WorkerHeir> heir_;
+  std::mutex pump_lock_;
+  std::unique_ptr<PageFaultPump> pump_;
   std::atomic<std::uint32_t> queues_opened_{0};
   std::optional<SpaceLayout> layout_;                             // made by create()
   std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again

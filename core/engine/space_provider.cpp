@@ -23,6 +23,7 @@ SpaceProvider::SpaceProvider(SpaceCore& space, Iova ceiling)
               .parallel = false},
       ceiling_{ceiling},
       registered_memory_is_pinned_{space.facts().register_pins},
+      backend_{space.backend()},
       queue_{std::make_unique<QueueCore>(space.shared_from_this(), QueueConfig{.depth = queue_depth}, nullptr)} {}
 
 void SpaceProvider::pin(std::span<const pinning::PinRequest> requests,
@@ -76,7 +77,17 @@ Bytes SpaceProvider::memlock_charge(const pinning::PinRequest& request) const no
   return request.memory != 0 && registered_memory_is_pinned_ ? Bytes{0} : request.range.length();
 }
 
+// Without the lane: its holder may be anywhere.
+void SpaceProvider::memory_changed(const pinning::MemoryRange& range) noexcept {
+  const std::lock_guard held{backend_lock_};
+  if (backend_ != nullptr) backend_->memory_changed(range.start, range.last);
+}
+
 void SpaceProvider::close() noexcept {
+  {
+    const std::lock_guard held{backend_lock_};
+    backend_ = nullptr;
+  }
   const std::lock_guard held{queue_lock_};
   queue_.reset();
 }

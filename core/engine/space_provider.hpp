@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 
+#include "backends/backend.hpp"
 #include "engine/queue_core.hpp"
 #include "pinning/provider.hpp"
 
@@ -25,6 +26,7 @@ class SpaceProvider final : public pinning::PinProvider {
   void pin(std::span<const pinning::PinRequest> requests, std::span<pinning::PinOutcome> outcomes) noexcept override;
   void unpin(std::span<const pinning::UnpinRequest> requests, std::span<Error> outcomes) noexcept override;
   Bytes memlock_charge(const pinning::PinRequest& request) const noexcept override;
+  void memory_changed(const pinning::MemoryRange& range) noexcept override;
 
   /// The address space is closing: mappings go with its kernel objects, so unpins succeed from now on and pins are
   /// refused. Lets go of the queue, and with it of the space.
@@ -35,6 +37,8 @@ class SpaceProvider final : public pinning::PinProvider {
   pinning::ProviderTraits traits_;
   Iova ceiling_;
   bool registered_memory_is_pinned_;
+  std::mutex backend_lock_;  // held for a moment, never where something is allocated or freed
+  backends::BackendSpace* backend_;
   std::mutex queue_lock_;  // a queue has one user at a time; the lane behind it has one anyway
   std::unique_ptr<QueueCore> queue_;
 };

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -155,12 +156,19 @@ TEST_P(CacheContract, invalidated_memory_is_out_of_reach_unless_in_use_and_then_
   EXPECT_EQ(address_space_.invalidate(MemoryPiece::of(memory.bytes())), 2U);
   EXPECT_TRUE(cannot_read(*witness_, idle_at, memory.page(0)));
   EXPECT_TRUE(reads(*witness_, used_at, memory.page(1))) << "a lease keeps its mapping";
-  const auto again = acquire(memory.page(1));
-  EXPECT_NE(again.iova(), used_at) << "never handed out again";
+  MemoryLease again;
+  if (spapr_v2()) {  // whose registrations go by address: the old one stands in the way
+    const auto refused = address_space_.acquire(MemoryPiece::of(memory.page(1)), Access::read_write);
+    EXPECT_EQ(refused.error().code, Errc::busy) << refused.error().message();
+  } else {
+    again = acquire(memory.page(1));
+    EXPECT_NE(again.iova(), used_at) << "never handed out again";
+  }
   EXPECT_EQ(address_space_.cache_stats().stale_in_use, 1U);
   used.release();
   (void)address_space_.evict(Bytes{1});
   EXPECT_TRUE(cannot_read(*witness_, used_at, memory.page(1)));
+  if (spapr_v2()) again = acquire(memory.page(1));
   EXPECT_TRUE(reads(*witness_, again.iova(), memory.page(1)));
 }
 
@@ -342,11 +350,10 @@ TEST_P(CacheContract, remapped_memory_is_seen_by_the_monitor) {
   const Memory memory{1, 5};
   const std::vector<std::byte> before{memory.bytes().begin(), memory.bytes().end()};
   const Iova old = acquire(memory.page(0)).iova();
+  machine_->pages_leave(memory.page(0));
   ASSERT_EQ(::mmap(memory.data(), page_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0),
             memory.data());
   std::fill(memory.bytes().begin(), memory.bytes().end(), std::byte{0x42});
-  if (spapr_v2() && machine_->kernel().description().find("Linux") == 0)
-    GTEST_SKIP() << "open defect: on version 2 the new mapping still leads to the old memory (docs/SPAPR.md)";
   const auto fresh = acquire(memory.page(0));
   EXPECT_TRUE(reads(*witness_, fresh.iova(), memory.page(0))) << "the device must see what the address holds now";
   EXPECT_TRUE(drained());
@@ -378,7 +385,7 @@ TEST_P(CacheContract, no_change_of_memory_leaves_a_stale_page_under_the_monitor)
         break;
       }
       default: {
-        const long child = ::syscall(SYS_fork);
+        const long child = ::syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);  // fork(2), which arm64 does not have
         if (child == 0) {
           ::usleep(20'000);
           ::syscall(SYS_exit_group, 0);
@@ -391,11 +398,23 @@ TEST_P(CacheContract, no_change_of_memory_leaves_a_stale_page_under_the_monitor)
   for (int how = 0; how < 4; ++how) {
     (void)acquire(memory.page(0));
     auto used = acquire(memory.page(0));
+    const std::vector<std::byte> before{memory.bytes().begin(), memory.bytes().end()};
+    if (how < 3) machine_->pages_leave(memory.page(0));
     remap(how);
     std::memset(memory.data(), 0x40 + how, length);
-    const auto fresh = acquire(memory.page(0));
-    EXPECT_NE(fresh.iova(), used.iova()) << how;
-    EXPECT_TRUE(reads(*witness_, fresh.iova(), memory.page(0))) << "change " << how;
+    MemoryLease fresh;
+    // sPAPR's registrations go by address: the old pages stand in the way of the new ones. After a fork they are the
+    // same.
+    const bool in_the_way = spapr_v2() && how < 3;
+    if (in_the_way) {
+      const auto refused = address_space_.acquire(MemoryPiece::of(memory.page(0)), Access::read_write);
+      EXPECT_EQ(refused.error().code, Errc::busy) << refused.error().message();
+      EXPECT_TRUE(reads(*witness_, used.iova(), before)) << "who has a lease still reaches what it was for";
+    } else {
+      fresh = acquire(memory.page(0));
+      EXPECT_NE(fresh.iova(), used.iova()) << how;
+      EXPECT_TRUE(reads(*witness_, fresh.iova(), memory.page(0))) << "change " << how;
+    }
     for (int i = 0; i < 1000 && address_space_.cache_stats().stale_in_use < static_cast<unsigned>(how) + 1; ++i)
       std::this_thread::sleep_for(std::chrono::milliseconds{2});
     EXPECT_EQ(address_space_.cache_stats().stale_in_use, static_cast<unsigned>(how) + 1) << "reported while in use";
@@ -403,6 +422,10 @@ TEST_P(CacheContract, no_change_of_memory_leaves_a_stale_page_under_the_monitor)
     used.release();
     EXPECT_TRUE(drained());
     EXPECT_TRUE(cannot_read(*witness_, old, memory.page(0))) << "change " << how;
+    if (!in_the_way) continue;
+    EXPECT_TRUE(cannot_read(*witness_, old, before)) << "change " << how;
+    fresh = acquire(memory.page(0));
+    EXPECT_TRUE(reads(*witness_, fresh.iova(), memory.page(0))) << "change " << how;
   }
 }
 

@@ -163,8 +163,17 @@ TEST_P(DeviceContract, two_devices_of_one_space_see_the_same) {
   EXPECT_TRUE(reads(*witness_, Iova{base + os_page_bytes()}, memory.page(1)));
   EXPECT_EQ(unmap(at(base, 2)).bytes, memory.length());
   EXPECT_TRUE(cannot_read(*other, Iova{base}, memory.page(0)));
+  // Who leaves takes nothing along, in any window.
+  const Iova high{spapr_v2() ? high_iova().value_or(0) : base + 0x10'0000};
+  ASSERT_TRUE(map(at(base, 1), memory.address(0)).error.ok());
+  ASSERT_TRUE(map(at(high.value, 1), memory.address(1)).error.ok());
   other.reset();
   EXPECT_TRUE(space_->detach(second.id));
+  EXPECT_TRUE(reads(*witness_, Iova{base}, memory.page(0)));
+  EXPECT_TRUE(writes(*witness_, high, memory.page(1)));
+  EXPECT_EQ(unmap(at(base, 1)).bytes, Bytes{os_page_bytes()});
+  EXPECT_EQ(unmap(at(high.value, 1)).bytes, Bytes{os_page_bytes()});
+  EXPECT_TRUE(cannot_read(*witness_, high, memory.page(1)));
 }
 
 TEST_P(DeviceContract, spaces_are_separate) {

@@ -244,17 +244,18 @@ TEST_P(EngineContract, a_replacement_that_took_effect_and_failed_gives_way_to_th
 
 TEST_P(EngineContract, neighbouring_unmaps_are_one_kernel_call) {
   const Memory memory{4};
-  for (std::size_t i = 0; i < 4; ++i) ASSERT_TRUE(queue_.stage(request(base + 2 * i * page_bytes(), memory.page(i))));
+  // Holes of one granule: sPAPR does not merge across many TCEs, of which an OS page of 64 KiB has 16.
+  const std::uint64_t step = page_bytes() + address_space_.facts().granule.value;
+  for (std::size_t i = 0; i < 4; ++i) ASSERT_TRUE(queue_.stage(request(base + i * step, memory.page(i))));
   for (const Completion& c : run_queue()) ASSERT_TRUE(c.ok()) << c.error.message();
   const std::uint64_t before = kernel_->calls(unmap_call());
-  for (std::size_t i = 0; i < 4; ++i) ASSERT_TRUE(queue_.stage(UnmapRequest::of(at(base + 2 * i * page_bytes(), 1))));
+  for (std::size_t i = 0; i < 4; ++i) ASSERT_TRUE(queue_.stage(UnmapRequest::of(at(base + i * step, 1))));
   for (const Completion& c : run_queue()) {
     EXPECT_TRUE(c.ok()) << c.error.message();
     EXPECT_EQ(c.bytes.value, page_bytes());
   }
   EXPECT_EQ(kernel_->calls(unmap_call()) - before, version_1() ? 4U : 1U);
-  for (std::size_t i = 0; i < 4; ++i)
-    EXPECT_TRUE(cannot_read(*witness_, Iova{base + 2 * i * page_bytes()}, memory.page(i)));
+  for (std::size_t i = 0; i < 4; ++i) EXPECT_TRUE(cannot_read(*witness_, Iova{base + i * step}, memory.page(i)));
 }
 
 TEST_P(EngineContract, a_failing_part_of_a_merged_unmap_fails_alone_and_stays_out_of_use) {

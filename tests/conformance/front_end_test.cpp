@@ -5,11 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "conformance/conformance.hpp"
-#include "conformance/tapped_backend.hpp"
-#include "engine/engine_core.hpp"
-#include "iovane/engine.hpp"
-#include "viommu/engine_target.hpp"
+#include "conformance/front_end.hpp"
 #include "viommu/papr.hpp"
 #include "viommu/virtio_requests.hpp"
 #include "viommu/vtd_guest.hpp"
@@ -18,66 +14,6 @@ namespace iovane::test {
 namespace {
 
 using namespace viommu;
-
-class FrontEndContract : public Conformance {
- protected:
-  static constexpr std::uint64_t tables_bytes = 4U << 20;
-  static constexpr std::uint64_t ram_start = 16U << 20;
-  static constexpr std::size_t ram_pages = 1024;
-  static constexpr std::uint16_t device_function = 0x08;
-
-  void SetUp() override {
-    Conformance::SetUp();
-    if (HasFatalFailure() || IsSkipped()) return;
-    backend_.reset();
-    auto backend = open_backend(*kernel_, {.name = std::string{to_string(GetParam())}, .descriptor = {}});
-    ASSERT_TRUE(backend) << backend.error().message();
-    engine_ = EngineAccess::open(std::make_unique<TappedBackend>(*std::move(backend), inner_), "under test");
-    auto space = engine_.create_address_space();
-    ASSERT_TRUE(space) << space.error().message();
-    address_space_ = *std::move(space);
-    const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
-    ASSERT_TRUE(device) << device.error().message();
-    AttachedDevice attached;
-    attached.id = DeviceId{device->id};
-    attached.name = device->name;
-    attached.device_fd = device->device_fd;
-    witness_ = machine_->witness(*inner_, attached);
-    ASSERT_NE(witness_, nullptr);
-    ASSERT_TRUE(guest_memory_.add(tables_.config()));
-    ASSERT_TRUE(guest_memory_.add({ram_start, ram_.length(), ram_.data(), -1, 0, false}));
-    auto target = EngineTarget::create(address_space_, guest_memory_);
-    ASSERT_TRUE(target) << target.error().message();
-    target_ = *std::move(target);
-  }
-  void TearDown() override {
-    target_.reset();
-    witness_.reset();
-    address_space_ = AddressSpace{};
-    engine_ = Engine{};
-    Conformance::TearDown();
-  }
-
-  static std::uint64_t iova(std::uint64_t page) { return base + page * 4096; }
-  static std::uint64_t gpa(std::size_t page) { return ram_start + page * 4096; }
-  /// The device reads and writes guest page `page` at the IOVA of `slot`.
-  testing::AssertionResult reaches(std::uint64_t slot, std::size_t page) {
-    if (auto read = reads(*witness_, Iova{iova(slot)}, ram_.page(page)); !read) return read;
-    return writes(*witness_, Iova{iova(slot)}, ram_.page(page));
-  }
-  testing::AssertionResult cannot_reach(std::uint64_t slot, std::size_t page) {
-    if (auto read = cannot_read(*witness_, Iova{iova(slot)}, ram_.page(page)); !read) return read;
-    return cannot_write(*witness_, Iova{iova(slot)}, ram_.page(page));
-  }
-
-  Engine engine_;
-  AddressSpace address_space_;
-  BackendSpace* inner_ = nullptr;
-  GuestRam tables_{tables_bytes};
-  Memory ram_{ram_pages};
-  viommu::GuestMemory guest_memory_;
-  std::unique_ptr<EngineTarget> target_;
-};
 
 struct CountFailures final : VtdEvents {
   int failures = 0;
@@ -135,8 +71,8 @@ TEST_P(FrontEndContract, vtd_invalidations_of_every_kind_reach_the_device) {
   guest.page(1, iova(2), 1);
   flush();
   EXPECT_TRUE(reaches(2, 9));
-  EXPECT_TRUE(reads(*witness_, Iova{iova(3)}, ram_.page(6)));
-  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(3)}, ram_.page(6)));
+  EXPECT_TRUE(reads(*witness_, Iova{iova(3)}, guest_page(6)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(3)}, guest_page(6)));
   // Domain-selective.
   put(0, 0, 0);
   put(16, 20);
@@ -149,15 +85,15 @@ TEST_P(FrontEndContract, vtd_invalidations_of_every_kind_reach_the_device) {
   guest.put(first, 4, big, ram_start | 3 | 0x80, 2);
   guest.global();
   flush();
-  EXPECT_TRUE(reads(*witness_, Iova{big + 300 * 4096}, ram_.page(300)));
+  EXPECT_TRUE(reads(*witness_, Iova{big + 300 * 4096}, guest_page(300)));
   const std::uint64_t broken = guest.new_table();
   for (std::uint64_t i = 0; i < 512; ++i) tables_.store(broken + i * 8, i == 300 ? 0 : gpa(i) | 3);
   guest.put(first, 4, big, broken | 3, 2);
   guest.page(1, big, 9);
   flush();
-  EXPECT_TRUE(cannot_read(*witness_, Iova{big + 300 * 4096}, ram_.page(300)));
-  EXPECT_TRUE(reads(*witness_, Iova{big + 299 * 4096}, ram_.page(299)));
-  EXPECT_TRUE(reads(*witness_, Iova{big + 301 * 4096}, ram_.page(301)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{big + 300 * 4096}, guest_page(300)));
+  EXPECT_TRUE(reads(*witness_, Iova{big + 299 * 4096}, guest_page(299)));
+  EXPECT_TRUE(reads(*witness_, Iova{big + 301 * 4096}, guest_page(301)));
   // Context cache: the device gets another table.
   guest.put(second, 4, iova(5), gpa(50) | 3);
   guest.set_context(device_function, second, 4, 2);
@@ -166,15 +102,33 @@ TEST_P(FrontEndContract, vtd_invalidations_of_every_kind_reach_the_device) {
   flush();
   EXPECT_TRUE(reaches(5, 50));
   EXPECT_TRUE(cannot_reach(16, 20));
+  // The same for all devices of a domain, and for all there are.
+  guest.set_context(device_function, first, 4, 1);
+  EXPECT_TRUE(reaches(5, 50));
+  guest.enqueue(0x21 | 2U << 16, 0);
+  flush();
+  EXPECT_TRUE(reaches(16, 20));
+  EXPECT_TRUE(cannot_reach(5, 50));
+  guest.set_context(device_function, second, 4, 2);
+  guest.enqueue(0x11, 0);
+  flush();
+  EXPECT_TRUE(reaches(5, 50));
+  EXPECT_TRUE(cannot_reach(16, 20));
+  // A device's own cache holds what the host's does: invalidating it alone changes nothing.
+  guest.put(second, 4, iova(5), 0);
+  guest.enqueue(0x03 | std::uint64_t{device_function} << 32, ~std::uint64_t{0xfff} | 1);
+  flush();
+  EXPECT_TRUE(reaches(5, 50));
+  guest.put(second, 4, iova(5), gpa(50) | 3);
   // Translation off: the device sees memory as it is.
   unit.set_translation(false);
   unit.finish();
-  EXPECT_TRUE(reads(*witness_, Iova{gpa(7)}, ram_.page(7)));
+  EXPECT_TRUE(reads(*witness_, Iova{gpa(7)}, guest_page(7)));
   EXPECT_TRUE(cannot_reach(5, 50));
   unit.set_translation(true);
   unit.finish();
   EXPECT_TRUE(reaches(5, 50));
-  EXPECT_TRUE(cannot_read(*witness_, Iova{gpa(7)}, ram_.page(7)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{gpa(7)}, guest_page(7)));
   ASSERT_TRUE(unit.remove_endpoint(device_function, std::nullopt));
   EXPECT_TRUE(cannot_reach(5, 50));
   EXPECT_EQ(address_space_.stats().live_mappings, 0U);
@@ -228,17 +182,44 @@ TEST_P(FrontEndContract, vtd_scalable_mode_invalidations_reach_the_device) {
   EXPECT_TRUE(reaches(0, 3));
   flush(0x36 | 1 << 16, iova(0) | 1);
   EXPECT_TRUE(cannot_reach(0, 3));
-  EXPECT_TRUE(reads(*witness_, Iova{iova(1)}, ram_.page(8)));
-  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(1)}, ram_.page(8)));
+  EXPECT_TRUE(reads(*witness_, Iova{iova(1)}, guest_page(8)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(1)}, guest_page(8)));
   // PASID cache: another table, and none.
   put(other, 2, gpa(30) | 7);
   use(other, 2);
   flush(0x17 | 1 << 16, 0);
   EXPECT_TRUE(reaches(2, 30));
-  EXPECT_TRUE(cannot_read(*witness_, Iova{iova(1)}, ram_.page(8)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{iova(1)}, guest_page(8)));
   tables_.store(0x1'3000, 0);
   flush(0x37, 0);
   EXPECT_TRUE(cannot_reach(2, 30));
+  // Second-level tables: the PASID cache of a domain, then the IOTLB's pages, domain and all.
+  const std::uint64_t second = guest.new_table();
+  guest.put(second, 4, iova(3), gpa(33) | 3);
+  tables_.store(0x1'3008, 3);
+  tables_.store(0x1'3010, 0);
+  tables_.store(0x1'3000, second | 1 | 2 << 6 | 2 << 2);
+  flush(0x07 | 3U << 16, 0);
+  EXPECT_TRUE(reaches(3, 33));
+  EXPECT_TRUE(cannot_reach(2, 30));
+  guest.put(second, 4, iova(3), 0);
+  guest.put(second, 4, iova(4), gpa(34) | 3);
+  guest.put(second, 4, iova(9), gpa(39) | 3);
+  guest.put(second, 4, iova(40), gpa(40) | 3);
+  EXPECT_TRUE(reaches(3, 33));
+  flush(0x32 | 3U << 16, iova(0) | 3);  // eight pages
+  EXPECT_TRUE(cannot_reach(3, 33));
+  EXPECT_TRUE(reaches(4, 34));
+  EXPECT_TRUE(cannot_reach(9, 39));
+  flush(0x22 | 3U << 16, 0);
+  EXPECT_TRUE(reaches(9, 39));
+  guest.put(second, 4, iova(9), 0);
+  flush(0x12, 0);
+  EXPECT_TRUE(cannot_reach(9, 39));
+  EXPECT_TRUE(reaches(40, 40));
+  tables_.store(0x1'3000, 0);
+  flush(0x17 | 3U << 16, 0);
+  EXPECT_TRUE(cannot_reach(40, 40));
   EXPECT_EQ(address_space_.stats().live_mappings, 0U);
   ASSERT_TRUE(unit.remove_endpoint(device_function, std::nullopt));
 }
@@ -275,8 +256,8 @@ TEST_P(FrontEndContract, virtio_iommu_requests_reach_the_device) {
   EXPECT_EQ(send({attach_request(1, 8), map(1, 0, 4, 3), map(1, 8, 20, 1, 1)}), three_ok);
   EXPECT_TRUE(reaches(0, 4));
   EXPECT_TRUE(reaches(2, 6));
-  EXPECT_TRUE(reads(*witness_, Iova{iova(8)}, ram_.page(20)));
-  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(8)}, ram_.page(20)));
+  EXPECT_TRUE(reads(*witness_, Iova{iova(8)}, guest_page(20)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(8)}, guest_page(20)));
   EXPECT_EQ(send({unmap(1, 0, 2)}).front(), Status::range) << "it would cut a mapping";
   EXPECT_TRUE(reaches(1, 5));
   EXPECT_EQ(send({unmap(1, 0, 3), map(1, 1, 40, 1), map(1, 8, 41, 1)}),
@@ -292,9 +273,9 @@ TEST_P(FrontEndContract, virtio_iommu_requests_reach_the_device) {
   EXPECT_TRUE(cannot_reach(3, 60));
   // Bypass: memory as it is.
   EXPECT_TRUE(unit.set_bypass(true));
-  EXPECT_TRUE(reads(*witness_, Iova{gpa(70)}, ram_.page(70)));
+  EXPECT_TRUE(reads(*witness_, Iova{gpa(70)}, guest_page(70)));
   EXPECT_TRUE(unit.set_bypass(false));
-  EXPECT_TRUE(cannot_read(*witness_, Iova{gpa(70)}, ram_.page(70)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{gpa(70)}, guest_page(70)));
   ASSERT_TRUE(unit.remove_endpoint(8));
   EXPECT_EQ(address_space_.stats().live_mappings, 0U);
 }
@@ -314,8 +295,8 @@ TEST_P(FrontEndContract, papr_hypercalls_reach_the_device) {
   EXPECT_EQ(call(hcall::put_tce, iova(0), gpa(5) | 3, 0), hcall::success);
   EXPECT_TRUE(reaches(0, 5));
   EXPECT_EQ(call(hcall::put_tce, iova(0), gpa(6) | 1, 0), hcall::success);
-  EXPECT_TRUE(reads(*witness_, Iova{iova(0)}, ram_.page(6)));
-  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(0)}, ram_.page(6)));
+  EXPECT_TRUE(reads(*witness_, Iova{iova(0)}, guest_page(6)));
+  EXPECT_TRUE(cannot_write(*witness_, Iova{iova(0)}, guest_page(6)));
   EXPECT_EQ(call(hcall::put_tce, iova(0), 0, 0), hcall::success);
   EXPECT_TRUE(cannot_reach(0, 6));
   const std::uint64_t list = 0x2'0000;
@@ -335,9 +316,9 @@ TEST_P(FrontEndContract, papr_hypercalls_reach_the_device) {
                                std::array<std::uint64_t, 4>{made.liobn, made.address + 0x2'0000, gpa(320) | 3, 0})
                 .status,
             hcall::success);
-  EXPECT_TRUE(reads(*witness_, Iova{made.address + 0x2'3000}, ram_.page(323)));
+  EXPECT_TRUE(reads(*witness_, Iova{made.address + 0x2'3000}, guest_page(323)));
   EXPECT_EQ(unit.remove_window(made.liobn), rtas::success);
-  EXPECT_TRUE(cannot_read(*witness_, Iova{made.address + 0x2'3000}, ram_.page(323)));
+  EXPECT_TRUE(cannot_read(*witness_, Iova{made.address + 0x2'3000}, guest_page(323)));
   EXPECT_TRUE(reaches(17, 101));
   EXPECT_EQ(unit.reset_windows(0), rtas::success);
   EXPECT_TRUE(cannot_reach(17, 101));

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,8 @@ class Machine {
   /// PCI addresses of witnesses that can be attached, in different groups where there are several.
   virtual std::vector<std::string> devices() = 0;
   virtual std::unique_ptr<Witness> witness(backends::BackendSpace& space, const backends::AttachedDevice& device) = 0;
+  /// Before the process exchanges the pages behind `memory`: a kernel's pins keep the old ones by themselves.
+  virtual void pages_leave(std::span<std::byte> /*memory*/) {}
 };
 
 struct MachineOptions {

@@ -152,7 +152,7 @@ TEST_P(MapContract, read_only_memory_cannot_be_mapped_for_writing) {
 TEST_P(MapContract, malformed_maps_are_invalid) {
   make_default();
   const Memory memory{2};
-  const IovaRange half = *IovaRange::from_length(Iova{base}, Bytes{os_page_bytes() / 2});
+  const IovaRange half = *IovaRange::from_length(Iova{base}, Bytes{space_->facts().granule.value / 2});
   EXPECT_EQ(map(at(base, 1), memory.address(), Access::none).error.code, Errc::invalid_argument) << "no access";
   EXPECT_EQ(map(at(base + 512, 1), memory.address()).error.code, Errc::invalid_argument) << "IOVA not on a granule";
   EXPECT_EQ(map(at(base, 1), memory.address() + 512).error.code, Errc::invalid_argument) << "memory not on a granule";

@@ -42,6 +42,7 @@ class ModelMachine final : public Machine {
     auto* const found = kernel_->device(device.name);
     return found != nullptr ? std::make_unique<ModelWitness>(*found) : nullptr;
   }
+  void pages_leave(std::span<std::byte> memory) override { kernel_->pages_leave(memory.data(), memory.size()); }
 
  private:
   std::unique_ptr<model::ModelKernel> kernel_;

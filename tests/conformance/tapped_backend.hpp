@@ -24,6 +24,10 @@ class TappedSpace final : public backends::BackendSpace {
     return inner_->register_memory(memory);
   }
   Result<void> unregister_memory(backends::RegionId region) override { return inner_->unregister_memory(region); }
+  void memory_changed(std::uint64_t start, std::uint64_t last) noexcept override {
+    inner_->memory_changed(start, last);
+  }
+  backends::SpaprControl* spapr() noexcept override { return inner_->spapr(); }
   Result<backends::AttachedDevice> attach(const backends::DeviceSource& source) override {
     return inner_->attach(source);
   }

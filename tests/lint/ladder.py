@@ -4,7 +4,8 @@
     core/base <- iova, pinning, backends (siblings) <- core/engine <- core/viommu <- tools, bench, tests
 
 Public headers (core/include/iovane) include only public headers. core/base, iova, pinning and backends may include of
-them only iovane/types.hpp, iovane/result.hpp and iovane/fault_record.hpp, which are below everything. usage: ladder.py [PROJECT]
+them only iovane/types.hpp, iovane/result.hpp, iovane/fault_record.hpp and iovane/spapr_types.hpp, which are below
+everything. usage: ladder.py [PROJECT]
 """
 
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import sources
 
-LEAF = {"iovane/types.hpp", "iovane/result.hpp", "iovane/fault_record.hpp"}
+LEAF = {"iovane/types.hpp", "iovane/result.hpp", "iovane/fault_record.hpp", "iovane/spapr_types.hpp"}
 # folder -> include prefixes it may use beside the leaf headers; None: all. The longest folder that fits counts.
 RULES: dict[str, set[str] | None] = {
     "core/include/iovane": {"iovane"},

@@ -205,6 +205,56 @@ TEST_F(SpaprBackend, registrations_pin_for_a_provider) {
   EXPECT_EQ(host_->memlock().locked.value, before);
 }
 
+// Registrations go by address, and lead to the pages that were there when they were made.
+TEST_F(SpaprBackend, memory_that_changed_is_refused_until_the_old_pages_are_let_go) {
+  const TestMemory memory{8 * 4096};
+  const auto exchange = [&](std::uint64_t page) {
+    host_->pages_leave(memory.data() + page * 4096, 4096);
+    space_->memory_changed(memory.address() + page * 4096, memory.address() + page * 4096 + 4095);
+  };
+  memory.data()[0] = std::byte{1};
+  memory.data()[4 * 4096] = std::byte{4};
+  ASSERT_TRUE(map(at(0x10000, 2), memory.address()).error.ok());
+  ASSERT_TRUE(map(at(0x20000, 2), memory.address() + 4 * 4096).error.ok());
+  exchange(0);
+  memory.data()[0] = std::byte{2};
+  EXPECT_EQ(read(0x10000), std::byte{1}) << "what was mapped stays";
+  const auto refused = map(at(0x30000, 1), memory.address());
+  EXPECT_EQ(refused.error.code, Errc::busy) << refused.error.message();
+  EXPECT_NE(refused.error.detail().find("old pages"), std::string::npos);
+  EXPECT_EQ(space_->register_memory({.address = memory.data(), .length = Bytes{8 * 4096}}).error().code, Errc::busy);
+  EXPECT_TRUE(map(at(0x30000, 1), memory.address() + 5 * 4096).error.ok()) << "another registration, not concerned";
+  EXPECT_EQ(unmap(at(0x30000, 1)).bytes, Bytes{4096});
+  // Another container finds the same registration in the kernel's list.
+  const auto other = backend_->create_space({});
+  ASSERT_TRUE(other);
+  ASSERT_TRUE((*other)->attach({.pci_address = host_->device(1).address()}));
+  EXPECT_EQ((*other)->register_memory({.address = memory.data(), .length = Bytes{4096}}).error().code, Errc::busy);
+  // The last TCE takes the old pages along.
+  EXPECT_EQ(unmap(at(0x10000, 1)).bytes, Bytes{4096});
+  EXPECT_EQ(map(at(0x30000, 1), memory.address()).error.code, Errc::busy) << "its second page is still mapped";
+  EXPECT_EQ(unmap(at(0x10000, 2)).bytes, Bytes{4096});
+  ASSERT_TRUE(map(at(0x30000, 1), memory.address()).error.ok());
+  EXPECT_EQ(read(0x30000), std::byte{2});
+  EXPECT_EQ(read(0x20000), std::byte{4});
+  EXPECT_TRUE(space_->unmap_all());
+}
+
+TEST_F(SpaprBackend, more_changes_than_are_remembered_are_counted_wider_and_none_is_lost) {
+  constexpr std::uint64_t pages = 400;
+  const TestMemory memory{pages * 4096};
+  for (std::uint64_t page = 0; page < pages; page += 2)
+    ASSERT_TRUE(map(at(0x10'0000 + page * 4096, 1), memory.address() + page * 4096).error.ok());
+  for (std::uint64_t page = 0; page < pages; page += 4)
+    space_->memory_changed(memory.address() + page * 4096, memory.address() + page * 4096 + 4095);
+  for (std::uint64_t page = 0; page < pages; page += 4)
+    EXPECT_EQ(map(at(0x80'0000, 1), memory.address() + page * 4096).error.code, Errc::busy) << page;
+  EXPECT_TRUE(space_->unmap_all());
+  for (std::uint64_t page = 0; page < pages; ++page)
+    EXPECT_TRUE(map(at(0x80'0000 + page * 4096, 1), memory.address() + page * 4096).error.ok()) << page;
+  EXPECT_TRUE(space_->unmap_all());
+}
+
 /// Random maps, cuts, replaces and registrations against a map of pages; the device sees what the map says.
 TEST_F(SpaprBackend, a_long_random_life_agrees_with_a_map_of_pages) {
   std::mt19937_64 random{test::seed()};

@@ -10,6 +10,7 @@
 
 #include "iovane/config.hpp"
 #include "iovane/dirty.hpp"
+#include "iovane/error_handling.hpp"
 #include "iovane/fault_record.hpp"
 #include "iovane/memory_lease.hpp"
 #include "iovane/page_fault.hpp"
@@ -18,6 +19,8 @@
 #include "iovane/result.hpp"
 #include "iovane/stats.hpp"
 #include "iovane/types.hpp"
+#include "iovane/watch.hpp"
+#include "iovane/windows.hpp"
 
 namespace iovane {
 
@@ -175,6 +178,12 @@ class AddressSpace {
   enum class Gap : std::uint8_t { refuse, accept };
   Result<DeviceInfo> move_device(std::uint32_t device_id, AddressSpace& to, Gap gap = Gap::refuse);
 
+  /// Windows that can be made and removed; unsupported except on sPAPR.
+  Result<Windows> windows() const;
+  /// Freezing and recovery of devices (EEH); unsupported except on sPAPR, where the platform offers it and a device is
+  /// attached.
+  Result<ErrorHandling> error_handling() const;
+
   /// For poll(2): readable while devices wait for pages. -1 without AddressSpaceConfig::page_faults, and before the
   /// first device. Owned by the address space.
   int page_fault_fd() const noexcept;
@@ -183,6 +192,15 @@ class AddressSpace {
   /// Lets the requests of `event`'s cookie go on: map the page first, then let the device try again, or let it fail.
   /// Errors: not_found when nobody waits any more (answered, or its device was detached, which answers "fail").
   Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
+  /// Lets the worker take page faults as they come and ask `handler`, on the worker's thread. It may use address spaces
+  /// and queues of its own, and must not close this address space. Should the thread die in it, it is asked again. An
+  /// empty one ends this: none runs any more when the call returns. Errors: unsupported
+  /// (AddressSpaceConfig::page_faults or WorkerConfig::enabled is off), busy (called by a handler).
+  Result<void> on_page_fault(PageFaultHandler handler);
+  /// Calls `readable` on the worker's thread whenever `fd` is: a device's interrupt, error or request eventfd, for
+  /// instance. It takes what made the descriptor readable, and returns false to end the watch. `fd` stays the caller's
+  /// and open until the Watch ends. Errors: invalid_argument, unsupported (WorkerConfig::enabled is off).
+  Result<Watch> watch(int fd, std::function<bool()> readable);
 
   /// For poll(2): readable while fault records wait, of transfers that failed. -1 where the backend delivers none (only
   /// stage1 on Arm SMMUv3 does; elsewhere the kernel logs them), and before the first device. Owned by the address
