@@ -146,8 +146,10 @@ class PaprTce {
   };
   Translation translate(std::uint32_t liobn, std::uint64_t bus_address) const noexcept;
 
-  Progress memory_added() noexcept;
-  Progress memory_removing(const Region& region) noexcept;
+  /// RAM was added (the targets have it already), or is about to go. Waits. Errors: the hosts' own; after one of
+  /// memory_removing() what a target could not unmap is quarantined there, and the memory must stay.
+  Result<void> memory_added() noexcept;
+  Result<void> memory_removing(const Region& region) noexcept;
 
   bool in_kvm(std::uint32_t liobn) const noexcept;
   const ShadowDomain* domain(std::uint64_t buid) const noexcept;

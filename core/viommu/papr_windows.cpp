@@ -263,23 +263,21 @@ Result<void> PaprTce::to_default(Phb& phb) {
                     "PAPR: buid {:#x}: no memory for its default window's table", phb.config.buid);
 }
 
-Progress PaprTce::memory_added() noexcept {
+Result<void> PaprTce::memory_added() noexcept {
   finish();
   const auto view = memory_.view();
-  for (const auto& phb : phbs_) {
-    static_cast<void>(phb->shadow.refresh_backing(view));
-    phb->shadow.commit_and_wait();
-  }
-  return Progress::done;
+  Result<void> outcome;
+  for (const auto& phb : phbs_)
+    if (const auto done = phb->shadow.commit_after(phb->shadow.refresh_backing(view)); outcome) outcome = done;
+  return outcome;
 }
 
-Progress PaprTce::memory_removing(const Region& region) noexcept {
+Result<void> PaprTce::memory_removing(const Region& region) noexcept {
   finish();
-  for (const auto& phb : phbs_) {
-    static_cast<void>(phb->shadow.withdraw_region(region));
-    phb->shadow.commit_and_wait();
-  }
-  return Progress::done;
+  Result<void> outcome;
+  for (const auto& phb : phbs_)
+    if (const auto done = phb->shadow.commit_after(phb->shadow.withdraw_region(region)); outcome) outcome = done;
+  return outcome;
 }
 
 bool PaprTce::in_kvm(std::uint32_t liobn) const noexcept {

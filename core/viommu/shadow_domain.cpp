@@ -199,6 +199,13 @@ void ShadowDomain::commit_and_wait() noexcept {
   }
 }
 
+Result<void> ShadowDomain::commit_after(const Result<void>& before) noexcept {
+  commit_and_wait();
+  if (!before) return before;
+  if (!failures_.empty()) return failures_.front().error;
+  return {};
+}
+
 bool ShadowDomain::attached(const ShadowTarget& target) const noexcept {
   return std::any_of(sides_.begin(), sides_.end(), [&](const Side& s) { return s.target == &target; });
 }

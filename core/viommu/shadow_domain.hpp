@@ -122,6 +122,8 @@ class ShadowDomain {
   std::size_t staged() const noexcept { return staged_; }
   /// commit(), then waits for the end.
   void commit_and_wait() noexcept;
+  /// The same; the first failure of the batch, or `before`, which comes first.
+  Result<void> commit_after(const Result<void>& before) noexcept;
   void wait(std::chrono::nanoseconds timeout) noexcept;
   /// Failures of the batch that ended last; valid until the next edit.
   std::span<const EditFailure> failures() const noexcept { return failures_; }

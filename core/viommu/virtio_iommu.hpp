@@ -109,8 +109,10 @@ class VirtioIommu {
   void wait(std::chrono::nanoseconds timeout) noexcept;
   void finish() noexcept;
 
-  Progress memory_added() noexcept;
-  Progress memory_removing(const Region& region) noexcept;
+  /// RAM was added (the targets have it already), or is about to go. Waits. Errors: the hosts' own; after one of
+  /// memory_removing() what a target could not unmap is quarantined there, and the memory must stay.
+  Result<void> memory_added() noexcept;
+  Result<void> memory_removing(const Region& region) noexcept;
 
   std::optional<std::pair<std::uint64_t, Access>> translate(std::uint32_t endpoint, std::uint64_t iova) const noexcept;
   /// Why a request of an endpoint is refused; nothing when it is not.

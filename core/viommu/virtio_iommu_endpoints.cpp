@@ -199,33 +199,38 @@ Result<void> VirtioIommu::set_bypass(bool bypass) {
   return outcome;
 }
 
-Progress VirtioIommu::memory_added() noexcept {
+Result<void> VirtioIommu::memory_added() noexcept {
   finish();
   const auto view = memory_.view();
+  Result<void> outcome;
   const auto refresh = [&](Domain& domain) {
     if (domain.bypass) fill_identity(domain);
-    static_cast<void>(domain.shadow.refresh_backing(view));
-    domain.shadow.commit_and_wait();
+    const auto done = domain.shadow.commit_after(domain.shadow.refresh_backing(view));
+    if (outcome) outcome = done;
   };
   for (const auto& domain : domains_) refresh(*domain);
   if (bypass_ != nullptr) refresh(*bypass_);
-  return Progress::done;
+  return outcome;
 }
 
-Progress VirtioIommu::memory_removing(const Region& region) noexcept {
+Result<void> VirtioIommu::memory_removing(const Region& region) noexcept {
   finish();
   const auto view = memory_.view();
+  Result<void> outcome;
   const auto withdraw = [&](Domain& domain) {
-    if (domain.bypass) {
-      static_cast<void>(domain.shadow.unmap(view, {Iova{region.gpa}, Iova{region.last}}, CutRule::cut));
-    } else {
-      static_cast<void>(domain.shadow.withdraw_region(region));
+    Result<void> withdrawn;
+    if (!domain.bypass) {
+      withdrawn = domain.shadow.withdraw_region(region);
+    } else if (const auto gone = domain.shadow.unmap(view, {Iova{region.gpa}, Iova{region.last}}, CutRule::cut);
+               !gone) {
+      withdrawn = gone.error();
     }
-    domain.shadow.commit_and_wait();
+    withdrawn = domain.shadow.commit_after(withdrawn);
+    if (outcome) outcome = withdrawn;
   };
   for (const auto& domain : domains_) withdraw(*domain);
   if (bypass_ != nullptr) withdraw(*bypass_);
-  return Progress::done;
+  return outcome;
 }
 
 std::optional<std::pair<std::uint64_t, Access>> VirtioIommu::translate(std::uint32_t id,

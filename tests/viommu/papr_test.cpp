@@ -109,6 +109,42 @@ TEST_F(PaprTest, AHostThatRefusesIsAHardwareErrorAndTheEntryIsZero) {
   EXPECT_EQ(put(0x5000, 0x7003), hcall::success);
 }
 
+TEST_F(PaprTest, MemoryComesAndGoesUnderAMappedGuest) {
+  constexpr std::uint64_t plugged = std::uint64_t{4} << 30;
+  EXPECT_EQ(put(0x5000, 0x7003), hcall::success);
+  const GuestRam more{1U << 20, plugged};
+  const auto id = memory.add(more.config());
+  ASSERT_TRUE(id);
+  ASSERT_TRUE(papr.memory_added());
+  EXPECT_EQ(put(0x6000, plugged | 3), hcall::success);
+  EXPECT_EQ(host.held().size(), 2U);
+  ASSERT_TRUE(papr.memory_removing(*memory.view().find(plugged)));
+  EXPECT_EQ(host.held().size(), 1U);
+  EXPECT_EQ(get(0x6000), plugged | 3) << "the guest's own entry stays";
+  ASSERT_TRUE(memory.remove(*id));
+  ASSERT_TRUE(memory.add(more.config()));
+  ASSERT_TRUE(papr.memory_added());
+  EXPECT_EQ(host.held().size(), 2U);
+}
+
+TEST_F(PaprTest, ExactKeepsEveryEntryAHostMappingOfItsOwn) {
+  PhbConfig config = small_phb();
+  config.buid = buid + 1;
+  config.liobn = liobn + 16;  // the next number is the first bridge's second window
+  config.domain.exact = true;
+  RecordingTarget apart{"exact"};
+  ASSERT_TRUE(papr.add_phb(config));
+  ASSERT_TRUE(papr.add_device(config.buid, &apart));
+  list(0x1000, {0x10'0003, 0x10'1003, 0x10'2003, 0x10'3003});
+  EXPECT_EQ(call(papr, hcall::put_tce_indirect, config.liobn, 0, 0x1000, 4), hcall::success);
+  EXPECT_EQ(apart.held().size(), 4U);
+  EXPECT_EQ(call(papr, hcall::stuff_tce, config.liobn, 0x1000, 0, 1), hcall::success);
+  EXPECT_EQ(apart.held().size(), 3U);
+  EXPECT_EQ(papr.domain(config.buid)->stats().cuts, 0U);
+  EXPECT_EQ(papr.domain(config.buid)->stats().gap_bytes, 0U);
+  ASSERT_TRUE(papr.remove_device(config.buid, &apart));
+}
+
 TEST_F(PaprTest, HypercallsWaitForASlowHost) {
   host.asynchronous = true;
   EXPECT_EQ(papr.call(hcall::put_tce, std::array<std::uint64_t, 4>{liobn, 0x5000, 0x7003, 0}), Progress::pending);

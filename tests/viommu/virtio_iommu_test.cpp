@@ -374,6 +374,68 @@ TEST_F(VirtioIommuTest, NoDeviceWriteIsLostWhileTheGuestKeepsMapping) {
   EXPECT_FALSE(host.take_dirty([](const DirtyMemory&) {}));
 }
 
+// RAM is plugged under a mapping that the guest made before, and pulled again; so it is under those who bypass.
+TEST_F(VirtioIommuTest, MemoryComesAndGoesUnderAMappedGuest) {
+  constexpr std::uint64_t plugged = std::uint64_t{4} << 30;
+  ASSERT_EQ(ask(device, attach_request(1, 8)), Status::ok);
+  ASSERT_EQ(ask(device, map_request(1, 0x10000, 0x10fff, plugged, rw)), Status::ok) << "no RAM is no error";
+  ASSERT_EQ(ask(device, map_request(1, 0x20000, 0x20fff, 0x5000, rw)), Status::ok);
+  RecordingTarget bypassing{"bypass"};
+  ASSERT_TRUE(device.add_endpoint(9, &bypassing, {}));
+  ASSERT_TRUE(device.set_bypass(true));
+  const std::size_t before = bypassing.held().size();
+  EXPECT_EQ(host.held().size(), 1U);
+  const GuestRam more{1U << 20, plugged};
+  const auto id = memory.add(more.config());
+  ASSERT_TRUE(id);
+  ASSERT_TRUE(device.memory_added());
+  ASSERT_EQ(host.held().size(), 2U);
+  EXPECT_EQ(host.held().at(0x10000).region, *id);
+  EXPECT_EQ(bypassing.held().size(), before + 1);
+  // A host that cannot let go says so, and the memory must stay.
+  host.fault = [](const HostOp&) { return make_error(Errc::io_error, Stage::unmap, "stuck"); };
+  const Region region = *memory.view().find(plugged);
+  EXPECT_EQ(device.memory_removing(region).error().code, Errc::io_error);
+  EXPECT_EQ(device.domain(1)->stats().failed_unmaps, 1U);
+  host.fault = nullptr;
+  EXPECT_EQ(bypassing.held().size(), before);
+  EXPECT_EQ(device.memory_added().error().code, Errc::iova_busy) << "what is stuck is in the way";
+  ASSERT_TRUE(device.set_bypass(false));
+  ASSERT_TRUE(device.remove_endpoint(9));
+}
+
+TEST_F(VirtioIommuTest, AFaultRecordIsAsTheSpecificationLaysItOut) {
+  const auto record = VirtioIommu::fault_record(virtio::FaultReason::mapping, 0x1234, 0xabc'def0'1234, true);
+  std::array<unsigned char, virtio::fault_bytes> expected{};
+  expected[0] = 2;        // VIRTIO_IOMMU_FAULT_R_MAPPING
+  expected[4] = 1U << 1;  // WRITE
+  expected[5] = 1;        // ADDRESS: bit 8
+  expected[8] = 0x34, expected[9] = 0x12;
+  expected[16] = 0x34, expected[17] = 0x12, expected[18] = 0xf0, expected[19] = 0xde, expected[20] = 0xbc;
+  expected[21] = 0x0a;
+  for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_EQ(static_cast<unsigned>(record[i]), expected[i]) << i;
+}
+
+// A driver may rewrite its buffers as soon as it has notified: what counts is what was copied.
+TEST_F(VirtioIommuTest, ARequestIsJudgedByItsCopy) {
+  host.asynchronous = true;
+  std::vector<std::byte> request = attach_request(1, 8);
+  std::array<std::byte, 4> out{};
+  const VirtioIommu::Request attach{request, out, 1};
+  EXPECT_EQ(device.handle({&attach, 1}), 1U);
+  std::vector<std::byte> map = map_request(1, 0x10000, 0x10fff, 0x5000, virtio::map_read);
+  std::array<std::byte, 4> map_out{};
+  const VirtioIommu::Request one{map, map_out, 2};
+  EXPECT_EQ(device.handle({&one, 1}), 1U);
+  map = map_request(1, 0x20000, 0x2ffff, 0x9000, rw);
+  host.finish();
+  device.finish();
+  ASSERT_EQ(host.held().size(), 1U);
+  EXPECT_EQ(host.held().begin()->second.access, Access::read);
+  EXPECT_EQ(host.held().begin()->second.region_offset, 0x5000U);
+  host.asynchronous = false;
+}
+
 TEST_F(VirtioIommuTest, RequestsBeyondTheBoundAreAShortCount) {
   VirtioIommuConfig config = strict_config();
   config.requests_max = 4;

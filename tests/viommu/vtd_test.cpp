@@ -150,6 +150,35 @@ TEST_F(VtdTest, SuperpagesAndTheirBreakUpChangeOnlyWhatDiffers) {
   EXPECT_EQ(events.failures, 0);
 }
 
+// One guest action maps eight pages in a row: one host mapping, that a later action cuts; or, by policy, eight.
+TEST_F(VtdTest, TheExactPolicyMergesNothingSoNothingIsCut) {
+  for (const bool exact : {false, true}) {
+    VtdConfig config = legacy_config();
+    config.domain.exact = exact;
+    RecordingTarget apart{"apart"};
+    Vtd other{memory, config, events};
+    VtdGuest driver{ram, other, 0x200000};
+    const std::uint64_t table = driver.new_table();
+    driver.set_context(device, table, 3, 1);
+    driver.start();
+    ASSERT_TRUE(other.add_endpoint(device, std::nullopt, &apart));
+    for (std::uint64_t i = 0; i < 8; ++i) driver.put(table, 3, i << 12, (0x50'0000 + (i << 12)) | 3);
+    driver.page(1, 0, 3);
+    driver.ring();
+    other.finish();
+    EXPECT_EQ(apart.held().size(), exact ? 8U : 1U);
+    driver.put(table, 3, 0x3000, 0);
+    driver.page(1, 0x3000);
+    driver.ring();
+    other.finish();
+    EXPECT_EQ(apart.held().size(), exact ? 7U : 2U);
+    const DomainStats stats = other.domain_of(device, std::nullopt)->stats();
+    EXPECT_EQ(stats.cuts, exact ? 0U : 1U);
+    EXPECT_EQ(stats.gap_bytes, exact ? 0U : 7U << 12);
+    ASSERT_TRUE(other.remove_endpoint(device, std::nullopt));
+  }
+}
+
 TEST_F(VtdTest, DevicesThatShareATableShareADomainAndAFailureTakesItFromAll) {
   RecordingTarget other{"other"};
   const std::uint64_t table = guest.new_table();
