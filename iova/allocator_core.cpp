@@ -59,6 +59,7 @@ Result<std::unique_ptr<AllocatorCore>> AllocatorCore::create(const CoreConfig& c
 }
 
 constinit Magazine no_magazine{};
+constinit std::atomic<std::uint64_t> no_slot{SlotWord::of(SlotState::settled).raw};
 
 AllocatorCore::~AllocatorCore() {
   if (id_ != 0) unregister_allocator(id_);
@@ -131,7 +132,7 @@ void AllocatorCore::release_cache(ThreadCache& cache) noexcept {
   for (auto& place : cache.magazines) {
     // relaxed: only the owner writes the place.
     Magazine* magazine = place.load(std::memory_order_relaxed);
-    if (magazine == nullptr) continue;
+    if (magazine == &no_magazine) continue;
     if (magazine->incarnation != Incarnation{cache.state.load(std::memory_order_seq_cst)}) revalidate(cache, *magazine);
     flush(cache, *magazine, magazine->count);
   }
@@ -161,7 +162,7 @@ void AllocatorCore::note_start(Run& run, Unit run_first, std::uint64_t length, u
   // relaxed: hints; a pair of two runs is found out by the run's own fields.
   entry.first.store(bytes_of(run_first), std::memory_order_relaxed);
   entry.run.store(&run, std::memory_order_relaxed);
-  note_block(start, arena_.id_of(&run));
+  note_block(start, arena_.id_of(&run), length);
 }
 
 // The frees of a run's intervals no longer find it by hint, and so not by the fast path.

@@ -122,20 +122,19 @@ class AllocatorCore final : private Roster {
   ObjectId class_of(LengthKey key) noexcept;
   LengthClass* class_at(ObjectId id) const noexcept { return arena_.at<LengthClass>(id); }
 
-  // find()'s lookup cache: unit / 64 -> a run that may hold it.
+  // find()'s lookup cache: unit / 64 -> a run that may hold it, and its length's logarithm: [31..26] | [25..0]. Most
+  // runs are 64 slots of a power of two and begin at a multiple of both, so the logarithm tells where the slot's word
+  // is before the run does, and the two cache misses are one.
   static constexpr unsigned block_bits = 18;
   static constexpr std::size_t block_index(Unit unit) noexcept {
     const std::uint64_t block = unit >> 6;
     return static_cast<std::size_t>((block ^ (block >> 9) ^ (block >> 20)) & ((std::uint64_t{1} << block_bits) - 1));
   }
-  Run* run_of_block(Unit unit) const noexcept {
+  static constexpr unsigned block_id_bits = 26;  // as many as MetadataArena has
+  static_assert(MetadataArena::limit_bytes_max / MetadataArena::step_bytes <= std::uint64_t{1} << block_id_bits);
+  void note_block(Unit unit, ObjectId run, std::uint64_t length) noexcept {
     // relaxed: a hint; the run is checked.
-    const ObjectId id = blocks_[block_index(unit)].load(std::memory_order_relaxed);
-    return id == 0 ? nullptr : arena_.at<Run>(id);
-  }
-  void note_block(Unit unit, ObjectId run) noexcept {
-    // relaxed: as above.
-    blocks_[block_index(unit)].store(run, std::memory_order_relaxed);
+    blocks_[block_index(unit)].store(run | floor_log2(length) << block_id_bits, std::memory_order_relaxed);
   }
   void note_start(Run& run, Unit run_first, std::uint64_t length, unsigned slots, Unit start) noexcept;
   void forget_starts(const Run& run, const RunShape& shape) noexcept;
@@ -181,6 +180,8 @@ class AllocatorCore final : private Roster {
   }
   bool take_from_shelf(ThreadCache& me, Magazine& magazine, unsigned want) noexcept;
   void flush(ThreadCache& me, Magazine& magazine, unsigned count) noexcept;
+  void forget_handed_out(ThreadCache& me, ObjectId class_id) noexcept;
+  static bool put_back_slot(ThreadCache& me, SlotWordPtr word, Incarnation owner) noexcept;
   void put_back(ThreadCache& me, std::span<const MagazineEntry> entries, Incarnation owner) noexcept;
   std::uint64_t note_free_slots(Run& run, std::uint64_t mask) noexcept;
   void note_taken_slots(Run& run, std::uint64_t mask) noexcept;
@@ -201,6 +202,8 @@ class AllocatorCore final : private Roster {
   bool close_unless_mine(ThreadCache& me, Incarnation owner, SlotWordPtr word) noexcept;
   void stow(ThreadCache& me, ObjectId class_id, const MagazineEntry& entry, Incarnation owner) noexcept;
   void park(ThreadCache& me, Run& run) noexcept;
+  bool claim_by_hint(ThreadCache& me, UnitRange range) noexcept;
+  static bool claimable(const Run& run) noexcept;
   Answer claim_once(ThreadCache& me, UnitRange range, bool& again) noexcept;
   void reclaim_idle(ThreadCache& me) noexcept;
   void convert(ThreadCache& me, UnitRange range, SegmentValue from, SegmentValue to) noexcept;

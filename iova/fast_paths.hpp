@@ -1,5 +1,6 @@
 // The two paths that nearly every call takes, inline: pop a magazine's entry, push a freed interval.
 //
+// A free looks first at the entry that was handed out last: what is freed in the reverse order needs no hint.
 // Both are the owner's half of the protocol in thread_cache.hpp: announce the slot, look whether the incarnation is
 // still open, change the slot's word by a plain store, withdraw the announcement. No read-modify-write, no fence.
 // The caller comes here through ThreadSlots, so announce_fast() is allowed.
@@ -90,6 +91,30 @@ inline std::uint64_t pop_fast(ThreadCache& me, std::uint64_t length) noexcept {
   return ours;
 }
 
+/// The interval that stands just above the top of the magazine, because it was handed out from there, comes back:
+/// without a search, since I4 of thread_cache.hpp says that the entry is still true if its slot is live and ours.
+/// False: nothing happened.
+[[gnu::always_inline]] inline bool push_again(ThreadCache& me, Magazine& magazine, std::uint32_t n) noexcept {
+  const SlotWordPtr word = magazine.intervals[n].word;
+  base::yield_point("push_again.announce");
+  base::announce_fast(me.busy, word);
+  base::yield_point("push_again.check");
+  // R.state - seq_cst: the owner's load of the handshake (thread_cache.hpp, I1).
+  const std::uint64_t state = me.state.load(std::memory_order_seq_cst);
+  // relaxed: only the owner writes words that carry its open incarnation.
+  const bool ours = state == magazine.incarnation.raw && word->load(std::memory_order_relaxed) == magazine.live_raw;
+  if (ours) [[likely]] {
+    base::yield_point("push_again.hoard");
+    // W.slot - release: linearization of a free into a magazine.
+    word->store(magazine.live_raw ^ live_to_hoarded, std::memory_order_release);
+    magazine.resize(n + 1);
+  }
+  base::yield_point("push_again.idle");
+  // W.idle - release, pairs with R.busy: who finds the announcement gone finds the slot hoarded.
+  me.busy.store(nullptr, std::memory_order_release);
+  return ours;
+}
+
 /// push_by_hint() by the other hint. Out of line: few frees need it.
 bool push_by_fine_hint(ThreadCache& me, Magazine& magazine, std::uint64_t start, std::uint64_t length) noexcept;
 
@@ -98,9 +123,11 @@ bool push_by_fine_hint(ThreadCache& me, Magazine& magazine, std::uint64_t start,
   const std::uint64_t length = last - start + 1;
   // relaxed: only the owner writes the place.
   Magazine& magazine = *me.magazines[place_of_length(length, me.place_multiplier)].load(std::memory_order_relaxed);
+  const std::uint32_t n = magazine.size();
   // relaxed: only the owner writes it.
-  if (magazine.length.load(std::memory_order_relaxed) != length || magazine.size() >= magazine.capacity) [[unlikely]]
+  if (magazine.length.load(std::memory_order_relaxed) != length || n >= magazine.capacity) [[unlikely]]
     return false;
+  if (magazine.intervals[n].start == start && push_again(me, magazine, n)) return true;
   if (push_by_hint(me, magazine, start, length, HintTable::index(start, magazine.coarse_shift, magazine.coarse_salt)))
       [[likely]]
     return true;

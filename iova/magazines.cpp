@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "base/asymmetric_barrier.hpp"
 #include "base/checked_math.hpp"
 #include "base/yield_point.hpp"
 #include "iova/allocator_core.hpp"
@@ -20,6 +21,10 @@ constexpr std::uint64_t hoard_divisor = 8;
 constexpr unsigned shelf_tries_max = 8;
 // Runs that are looked at for each one that gives back: fewer than are kept, and all of them while half are freed.
 constexpr unsigned sweep_runs = 2;
+
+// Whether a run is worth giving back. Each interval that is left in it costs a change of the map when it is freed: one
+// for at least three slots that are given back together.
+constexpr bool sparse(unsigned unused, unsigned slots) noexcept { return 4 * unused >= 3 * slots; }
 
 }  // namespace
 
@@ -62,6 +67,7 @@ Magazine* AllocatorCore::magazine_for(ThreadCache& me, LengthKey key, ObjectId c
     if (id == 0) return nullptr;
     magazine = new (arena_.at<void>(id)) Magazine{};
     magazine->adopt(me.incarnation());
+    magazine->forget_handed_out();
   }
   if (magazine->class_id != class_id) {
     // Another class used the place: its entries go back to their runs.
@@ -124,6 +130,7 @@ void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
       magazine.put(kept++, entry);
   }
   magazine.adopt(me.incarnation());
+  magazine.forget_handed_out();
   bump(magazine.intake, static_cast<std::int64_t>(kept) - static_cast<std::int64_t>(had));
   magazine.resize(kept);
   // A doomed run's slots are not handed out again. They are rare: sort them out one by one.
@@ -139,6 +146,16 @@ void AllocatorCore::revalidate(ThreadCache& me, Magazine& magazine) noexcept {
     bump(magazine.intake, std::int64_t{-1});
     put_back(me, {&entry, 1}, magazine.incarnation);
   }
+  magazine.forget_handed_out();
+}
+
+// After a slot of the class left this thread in another way than out of its magazine: I4 of thread_cache.hpp.
+void AllocatorCore::forget_handed_out(ThreadCache& me, ObjectId class_id) noexcept {
+  if (class_id == 0) return;
+  // relaxed: only the owner writes the place.
+  Magazine* const magazine =
+      me.magazines[magazine_place(class_at(class_id)->key, granule_log2_)].load(std::memory_order_relaxed);
+  if (magazine->class_id == class_id) magazine->forget_handed_out();
 }
 
 // Marks slots that have just become free in their run's word and on the shelf. Inside a section. Answers with the word.
@@ -166,10 +183,30 @@ void AllocatorCore::note_taken_slots(Run& run, std::uint64_t mask) noexcept {
     class_at(c)->slots_free.fetch_sub(std::popcount(before & mask), std::memory_order_relaxed);
 }
 
+// hoarded by `owner`, an incarnation of ours -> free. False if somebody took the slot meanwhile.
+bool AllocatorCore::put_back_slot(ThreadCache& me, SlotWordPtr word, Incarnation owner) noexcept {
+  base::yield_point("put_back.announce");
+  base::announce(me.busy, word);
+  base::yield_point("put_back.check");
+  // R.state - seq_cst: the owner's load of the handshake (thread_cache.hpp, I1).
+  const bool ours = me.state.load(std::memory_order_seq_cst) == owner.raw;
+  base::yield_point("put_back.free");
+  // W.slot - release: nobody but us changes the slot.
+  if (ours) word->store(SlotWord::of(SlotState::free).raw, std::memory_order_release);
+  // W.idle - release, pairs with R.busy.
+  me.busy.store(nullptr, std::memory_order_release);
+  if (ours) return true;
+  std::uint64_t expected = SlotWord::of(SlotState::hoarded, owner).raw;
+  base::yield_point("slot.put_back");
+  // A.slot - acq_rel: hoarded -> free. It fails if a claim took the slot.
+  return word->compare_exchange_strong(expected, SlotWord::of(SlotState::free).raw, std::memory_order_acq_rel,
+                                       std::memory_order_relaxed);
+}
+
 // Hoarded slots go back to their runs. Not inside a section.
 void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> entries, Incarnation owner) noexcept {
   constexpr unsigned sparse_max = Magazine::entries_max;
-  std::array<Run*, sparse_max> sparse;  // runs to look at again when the section is over
+  std::array<Run*, sparse_max> seen;  // runs to look at again when the section is over
   unsigned sparse_count = 0;
   {
     MapSection section{map_, me};  // keeps each run from being reused between its slot's word and its bits
@@ -177,24 +214,19 @@ void AllocatorCore::put_back(ThreadCache& me, std::span<const MagazineEntry> ent
       Run& run = entries[i].run();
       std::uint64_t mask = 0;
       for (; i < entries.size() && &entries[i].run() == &run; ++i) {
-        std::uint64_t expected = SlotWord::of(SlotState::hoarded, owner).raw;
-        base::yield_point("slot.put_back");
-        // A.slot - acq_rel: hoarded -> free. It fails if a claim took the slot.
-        if (entries[i].word->compare_exchange_strong(expected, SlotWord::of(SlotState::free).raw,
-                                                     std::memory_order_acq_rel, std::memory_order_relaxed))
-          mask |= std::uint64_t{1} << entries[i].index;
+        if (put_back_slot(me, entries[i].word, owner)) mask |= std::uint64_t{1} << entries[i].index;
       }
       if (mask == 0) continue;
       const auto unused = static_cast<unsigned>(std::popcount(note_free_slots(run, mask)));
       // R.doomed - seq_cst: see free().
       const bool doomed = (run.flags.load(std::memory_order_seq_cst) & Run::doomed) != 0;
       // relaxed: does not change while the section protects the run.
-      const bool is_sparse = 2 * unused >= run.slots.load(std::memory_order_relaxed);
-      if ((doomed || is_sparse) && sparse_count < sparse_max) sparse[sparse_count++] = &run;
+      const bool is_sparse = sparse(unused, run.slots.load(std::memory_order_relaxed));
+      if ((doomed || is_sparse) && sparse_count < sparse_max) seen[sparse_count++] = &run;
     }
   }
   for (unsigned i = 0; i < sparse_count; ++i) {
-    if (LengthClass* const c = give_back(me, *sparse[i])) give_back_more(me, *c);
+    if (LengthClass* const c = give_back(me, *seen[i])) give_back_more(me, *c);
   }
 }
 
@@ -205,11 +237,12 @@ void AllocatorCore::flush(ThreadCache& me, Magazine& magazine, unsigned count) n
   for (unsigned i = count; i < magazine.size(); ++i) magazine.put(i - count, magazine.entry(i));
   bump(magazine.intake, -static_cast<std::int64_t>(count));
   magazine.resize(magazine.size() - count);
+  magazine.forget_handed_out();
 }
 
-// A run gives its free slots back to the map: a doomed one always; another if at least half of it is free and its class
-// keeps more than it may. Then it is doomed too, so that it drains: half-full runs would stay for as long as the last
-// interval in each. The answer is the class that kept too much. The object may have become another run by now, which
+// A run gives its free slots back to the map: a doomed one always; another if at least three quarters of it are free
+// and its class keeps more than it may. Then it is doomed too, so that it drains: it would stay for as long as the last
+// interval in it. The answer is the class that kept too much. The object may have become another run by now, which
 // then is treated the same. Not inside a section.
 LengthClass* AllocatorCore::give_back(ThreadCache& me, Run& run) noexcept {
   LengthClass* surplus = nullptr;
@@ -229,7 +262,7 @@ LengthClass* AllocatorCore::give_back(ThreadCache& me, Run& run) noexcept {
       LengthClass& length_class = *class_at(c);
       // relaxed: a statistic.
       const std::int64_t kept = length_class.slots_free.load(std::memory_order_relaxed);
-      if (2 * unused < shape.slots || kept <= static_cast<std::int64_t>(kept_slots(length_class))) return nullptr;
+      if (!sparse(unused, shape.slots) || kept <= static_cast<std::int64_t>(kept_slots(length_class))) return nullptr;
       surplus = &length_class;
       if (unused < shape.slots) {
         base::yield_point("run.drain");

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <utility>
 
 #include "base/checked_math.hpp"
@@ -20,6 +21,27 @@ constexpr std::uint64_t limit_bytes_min = std::uint64_t{64} << 10;
 // Kept back for free(): enough tree nodes to give back space when an allocation found the arena full.
 constexpr std::uint64_t reserve_bytes = std::uint64_t{24} << 10;
 
+constexpr std::uint64_t huge_page_bytes = std::uint64_t{2} << 20;
+
+// Address space without memory. What lies behind the first huge page asks for huge ones: records of many intervals are
+// visited in random order, and one page fault in 3,000 runs is better than one in six. Null: errno says why.
+std::byte* reserve(std::uint64_t bytes) noexcept {
+  const bool large = bytes >= 4 * huge_page_bytes;
+  const std::uint64_t room = large ? bytes + huge_page_bytes : bytes;
+  void* const got = ::mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (got == MAP_FAILED) return nullptr;
+  auto* const start = static_cast<std::byte*>(got);
+  if (!large) return start;
+  const auto address = reinterpret_cast<std::uintptr_t>(start);
+  const std::uint64_t before = *base::align_up(address, huge_page_bytes) - address;
+  if (before != 0) ::munmap(start, before);
+  // The end in whole pages of the system's, whatever their size: what is kept too much holds nothing.
+  ::munmap(start + before + bytes, huge_page_bytes - before);
+  // Without huge pages it is slower and nothing else.
+  ::madvise(start + before + huge_page_bytes, bytes - huge_page_bytes, MADV_HUGEPAGE);
+  return start + before;
+}
+
 constexpr std::uint64_t with_next_tag(std::uint64_t head, ObjectId id) noexcept {
   return (((head >> id_bits) + 1) << id_bits) | id;
 }
@@ -32,14 +54,14 @@ Result<MetadataArena> MetadataArena::create(Bytes limit) {
     return base::fail(Errc::invalid_argument, Stage::validate, 0, "metadata limit of {} bytes; expected {} to {}",
                       limit.value, limit_bytes_min, limit_bytes_max);
   const std::uint64_t bytes = base::align_down(limit.value, step_bytes);
-  void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (base == MAP_FAILED) {
+  std::byte* const base = reserve(bytes);
+  if (base == nullptr) {
     const int why = errno;
     return base::fail(Errc::out_of_memory, Stage::open, why,
                       "cannot reserve {} bytes of address space for IOVA metadata; lower the limit or raise RLIMIT_AS",
                       bytes);
   }
-  return MetadataArena{static_cast<std::byte*>(base), bytes};
+  return MetadataArena{base, bytes};
 }
 
 MetadataArena::MetadataArena(std::byte* base, std::uint64_t limit) noexcept
@@ -57,6 +79,21 @@ MetadataArena::MetadataArena(MetadataArena&& o) noexcept
 
 MetadataArena::~MetadataArena() {
   if (base_ != nullptr) ::munmap(base_, limit_);
+}
+
+// Who takes the first bytes of a block makes the whole block present in one system call, instead of one page fault in
+// six runs. 4 OS pages: the call stays rarer than one allocation in a thousand, and short. Where the kernel has none
+// (before 5.14) the faults come one by one.
+void MetadataArena::populate_behind(std::uint64_t from, std::uint64_t to) noexcept {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr std::uint64_t block = std::uint64_t{16} << 10;
+  if (from / block == to / block) return;
+  const std::uint64_t begin = base::align_down(to, block);
+  if (begin + block <= limit_) ::madvise(base_ + begin, block, MADV_POPULATE_WRITE);
+#else
+  static_cast<void>(from);
+  static_cast<void>(to);
+#endif
 }
 
 ObjectId MetadataArena::allocate(ObjectKind kind, std::size_t bytes, bool last_resort) noexcept {
@@ -85,6 +122,7 @@ ObjectId MetadataArena::allocate(ObjectKind kind, std::size_t bytes, bool last_r
     // relaxed: as above. Linearization of a first use.
   } while (
       !cursor_.compare_exchange_weak(at_byte, at_byte + size, std::memory_order_relaxed, std::memory_order_relaxed));
+  populate_behind(at_byte, at_byte + size);
   return static_cast<ObjectId>(at_byte / step_bytes);
 }
 

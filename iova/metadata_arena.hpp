@@ -88,6 +88,8 @@ class MetadataArena {
  private:
   MetadataArena(std::byte* base, std::uint64_t limit) noexcept;
 
+  void populate_behind(std::uint64_t from, std::uint64_t to) noexcept;
+
   struct alignas(base::cacheline_bytes) FreeList {
     std::atomic<std::uint64_t> head{0};
     std::atomic<std::uint64_t> bytes_free{0};

@@ -29,7 +29,7 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
   ThreadCache* const me = my_cache();
   if (me == nullptr) [[unlikely]]
     return {Outcome::too_many_threads};
-  enum class After { stow, put_back, park, settle } after;
+  enum class After { stow, put_back, park, settle, nothing } after;
   MagazineEntry entry{};
   Incarnation owner;
   ObjectId class_id = 0;
@@ -94,18 +94,22 @@ Answer AllocatorCore::free(UnitRange range) noexcept {
       if (word->compare_exchange_weak(seen, next.raw, std::memory_order_seq_cst, std::memory_order_acquire)) break;
     }
     // R.doomed - seq_cst: as above.
-    if (after == After::stow && (run->flags.load(std::memory_order_seq_cst) & Run::doomed) != 0)
-      after = After::put_back;
+    const std::uint32_t flags = run->flags.load(std::memory_order_seq_cst);
+    if (after == After::stow && (flags & Run::doomed) != 0) after = After::put_back;
+    // Parked already: whoever lets it leave clears the flag first and then looks at the slots.
+    if (after == After::park && (flags & Run::parked) != 0) after = After::nothing;
     entry = MagazineEntry::of(bytes_of(range.first), *run, index);
     if (me->unbiased_frees_left > 0 && --me->unbiased_frees_left == 0)
       me->live_word = SlotWord::of(SlotState::live, me->incarnation());
   }
   // Behind this point the run may be reused at any time unless the slot is hoarded by us.
+  if (after != After::stow) forget_handed_out(*me, class_id);
   switch (after) {
     case After::stow: stow(*me, class_id, entry, owner); return {Outcome::done, range};
     case After::put_back: put_back(*me, {&entry, 1}, owner); break;
     case After::park: park(*me, *run); break;
     case After::settle: settle(*me, *run); break;
+    case After::nothing: break;
   }
   bump(me->other_intervals, std::int64_t{-1});
   bump(me->other_units, -static_cast<std::int64_t>(range.count()));
@@ -123,6 +127,7 @@ void AllocatorCore::stow(ThreadCache& me, ObjectId class_id, const MagazineEntry
   const LengthKey key = class_at(class_id)->key;
   Magazine* const magazine = magazine_for(me, key, class_id);
   if (magazine == nullptr || magazine->incarnation != owner) {
+    forget_handed_out(me, class_id);
     put_back(me, {&entry, 1}, owner);
     bump(me.other_intervals, std::int64_t{-1});
     bump(me.other_units, -static_cast<std::int64_t>(key.length()));

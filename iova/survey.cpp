@@ -7,14 +7,18 @@
 namespace iovane::iova {
 
 std::optional<UnitRange> AllocatorCore::find(Unit unit) noexcept {
-  if (Run* const run = run_of_block(unit)) {
-    const RunShape shape = RunShape::load(*run);
+  // relaxed: a hint; the run is checked.
+  const std::uint32_t hint = blocks_[block_index(unit)].load(std::memory_order_relaxed);
+  if (hint != 0) [[likely]] {
+    const Run& run = *arena_.at<Run>(hint & ((ObjectId{1} << block_id_bits) - 1));
+    __builtin_prefetch(&run.slot(static_cast<unsigned>(unit >> (hint >> block_id_bits)) % Run::slots_max));
+    const RunShape shape = RunShape::load(run);
     if (shape.valid() && shape.range().contains(unit)) {
       const unsigned index = shape.slot_of(unit);
       // R.slot - acquire: linearization of a find by hint. An unchanged generation proves that slot and shape belong
       // together.
-      const SlotWord word{run->slot(index).load(std::memory_order_acquire)};
-      if (word.state() == SlotState::live && shape.unchanged(*run)) return shape.slot_range(index);
+      const SlotWord word{run.slot(index).load(std::memory_order_acquire)};
+      if (word.state() == SlotState::live && shape.unchanged(run)) return shape.slot_range(index);
     }
   }
   ThreadCache* const me = my_cache();
@@ -22,8 +26,8 @@ std::optional<UnitRange> AllocatorCore::find(Unit unit) noexcept {
   MapSection section{map_, *me};
   Run* const run = locate(section, unit);
   if (run == nullptr) return std::nullopt;
-  note_block(unit, arena_.id_of(run));
   const RunShape shape = RunShape::load(*run);
+  note_block(unit, arena_.id_of(run), shape.length);
   const unsigned index = shape.slot_of(unit);
   // R.slot - acquire: linearization of a find by the map.
   const SlotWord word{run->slot(index).load(std::memory_order_acquire)};

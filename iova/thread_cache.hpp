@@ -12,6 +12,9 @@
 //   and only after finding, in between, the state open. I2 a thread other than the owner changes a slot that carries
 //   incarnation i only after i was closed or passed and, if it is still the current one, `busy` does not name the slot.
 //   I3 every entry of a magazine whose `incarnation` is the open one names a slot that is hoarded by it, once.
+//   I4 an entry above a magazine's top names no_slot, or a slot that was handed out from there under the same
+//   incarnation and whose run has not ended since: whatever else takes a slot of the magazine's class from this thread
+//   forgets those entries.
 // Why that is exclusive: announce / load state  against  CAS state / heavy barrier / load busy is Dekker's handshake
 //   (base/asymmetric_barrier.hpp). Either the owner sees the closing and leaves the slot alone, or the closer sees the
 //   announcement and leaves it alone. A `busy` that was cleared was cleared with release, so the closer sees the
@@ -70,6 +73,9 @@ struct MagazineEntry {
   Run& run() const noexcept { return *(reinterpret_cast<Run*>(word - index) - 1); }
 };
 
+/// A word that is never live.
+extern constinit std::atomic<std::uint64_t> no_slot;
+
 inline constexpr std::uint64_t live_to_hoarded =
     static_cast<std::uint64_t>(SlotState::live) ^ static_cast<std::uint64_t>(SlotState::hoarded);
 
@@ -105,6 +111,9 @@ struct alignas(64) Magazine : ArenaObject {
   void adopt(Incarnation i) noexcept {
     incarnation = i;
     live_raw = SlotWord::of(SlotState::live, i).raw;
+  }
+  void forget_handed_out() noexcept {
+    for (std::uint32_t i = size(); i < entries_max; ++i) intervals[i].word = &no_slot;
   }
   std::uint32_t size() const noexcept {
     // relaxed: only the owner writes it.

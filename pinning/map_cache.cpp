@@ -120,12 +120,7 @@ Result<void> MapCache::remove_file(const MemoryRange& window) noexcept {
   (void)retire(window);
   {
     std::unique_lock held{lock_};
-    const auto being_pinned = [&] {
-      for (const InFlight& f : in_flight_)
-        if (f.used && f.range.overlaps(window)) return true;
-      return false;
-    };
-    while (being_pinned()) changed_->wait(held);
+    while (is_in_flight(window)) changed_->wait(held);
   }
   collect();
   if (files_.remove(window)) return {};

@@ -42,9 +42,10 @@ struct MapCacheConfig {
   /// Misses are rounded to multiples of this where the memory allows: a power of two, from the provider's granule up
   /// to its border. Rounding pins neighbouring memory of the process too.
   Bytes chunk{64 * 1024};
-  /// A miss that begins where an earlier one's memory ended pins twice as much as that one did, up to this: a power of
-  /// two, chunk or more and at most an eighth of bytes_max. 0: always a chunk. A call of the kernel costs about as much
-  /// as pinning a dozen OS pages, so a sequential user with small buffers pays for the call again in every chunk.
+  /// A miss that begins where an earlier one's memory ended goes up to the next multiple of twice what that one took,
+  /// up to this: a power of two, chunk or more and at most an eighth of bytes_max. 0: always a chunk. A call of the
+  /// kernel costs about as much as pinning a dozen OS pages, so a sequential user with small buffers pays for the call
+  /// again in every chunk.
   Bytes chunk_max{0};
   /// This cache's own limit, beside those of the shared budget.
   Bytes bytes_max{ByteLimit::unlimited};
@@ -91,7 +92,7 @@ class MapCache final : public Evictor, public StalenessListener {
   /// Errors: invalid_argument, bad_memory, memlock_exceeded (which limit, its size, use and need: all of it in use),
   /// entry_limit, unsupported (the memory cannot be watched), busy (the memory keeps changing), closed (forked child),
   /// and what the provider says.
-  Result<Lease> acquire(MemoryRange range, Access access) noexcept {
+  [[gnu::always_inline]] Result<Lease> acquire(MemoryRange range, Access access) noexcept {
     if (Lease lease = try_acquire(range, access); lease) [[likely]]
       return lease;
     return acquire_missing(range, access);
@@ -156,7 +157,7 @@ class MapCache final : public Evictor, public StalenessListener {
 
   static constexpr std::size_t streams_max = 16;
 
-  /// A sequential user: where its next miss would begin, and how much the last one took.
+  /// A sequential user: where its next miss would begin, and how far the last one could have gone.
   struct Stream {
     std::uint64_t next = 0;
     std::uint64_t bytes = 0;
@@ -175,9 +176,10 @@ class MapCache final : public Evictor, public StalenessListener {
   // map_cache_miss.cpp
   enum class PlanVerdict : std::uint8_t { covered, planned, wait };
   PlanVerdict plan(PinBatch& batch) noexcept;
-  MemoryRange with_margin(const PinBatch& batch) const noexcept;
-  void note_stream(const MemoryRange& area) noexcept;
+  MemoryRange with_margin(PinBatch& batch) const noexcept;
+  void note_stream(const MemoryRange& area, std::uint64_t step) noexcept;
   void supersede_weaker(PinBatch& batch) noexcept;
+  bool is_in_flight(const MemoryRange& range) const noexcept;
   void add_gap(PinBatch& batch, MemoryRange gap) noexcept;
   Result<void> fill_in(PinBatch& batch) noexcept;
   Result<void> charge(PinBatch& batch) noexcept;
@@ -215,6 +217,7 @@ class MapCache final : public Evictor, public StalenessListener {
   EvictionPolicy policy_;
   ByteLimit space_;
   std::array<InFlight, in_flight_max> in_flight_{};
+  std::size_t in_flight_count_ = 0;  // places of it in use
   /// Single misses in the first half, in the second half those that were gone on with, so that random misses do not
   /// push those out. Each half is a ring.
   std::array<Stream, streams_max> streams_{};

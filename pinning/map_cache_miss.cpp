@@ -1,5 +1,6 @@
 // The slow path of the map cache: find out what is missing, pay for it, pin it, publish it.
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <chrono>
 #include <thread>
@@ -55,6 +56,8 @@ Result<void> MapCache::ensure(const MemoryRange& asked, Access access) noexcept 
     // A.unpins - acquire, pairs with R.unpins in unpin().
     const std::uint64_t unpins_seen = unpins_ended_.load(std::memory_order_acquire);
     const Result<void> done = fill_in(batch);
+    // What has been taken away again by now, the caller finds missing and asks for once more.
+    if (done && batch.whole && batch.published == batch.count) return {};
     idle = batch.published != 0 ? 0 : idle + 1;
     if (done) continue;
     const Errc code = done.error().code;
@@ -92,11 +95,12 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
     return PlanVerdict::wait;
   }
   batch.count = 0;
+  batch.whole = true;
   batch.error = {};
   supersede_weaker(batch);
 
   const MemoryRange area = with_margin(batch);
-  // Nobody's stream goes on here: a refusal of the chunk must not be followed by a second try of the same.
+  // No more than the chunk: its refusal must not be followed by a second try of the same.
   if (batch.margin == PinBatch::Margin::stream && area.last <= batch.wanted.grown_to(config_.chunk.value).last)
     batch.margin = PinBatch::Margin::chunk;
   bool missing = false;
@@ -107,9 +111,7 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
       const MemoryRange gap{key, gap_last};
       if (gap.overlaps(batch.wanted)) {
         missing = true;
-        const MemoryRange needed = gap.common(batch.wanted);
-        for (const InFlight& f : in_flight_)
-          if (f.used && f.range.overlaps(needed)) return PlanVerdict::wait;
+        if (is_in_flight(gap.common(batch.wanted))) return PlanVerdict::wait;
       }
       add_gap(batch, gap);
     }
@@ -124,21 +126,28 @@ MapCache::PlanVerdict MapCache::plan(PinBatch& batch) noexcept {
     in_flight_[f] = {batch.pieces[taken].range, true, false};
     batch.pieces[taken++].flight = f;
   }
+  in_flight_count_ += taken;
+  batch.whole = batch.whole && taken == batch.count;
   batch.count = taken;
-  if (taken != 0) note_stream(area);
+  if (taken != 0) note_stream(area, batch.step);
   return taken != 0 ? PlanVerdict::planned : PlanVerdict::wait;
 }
 
 // Under lock_. What to pin for the wanted range, as far as it is not there yet: its chunks, or more where it goes on
 // with what was pinned before.
-MemoryRange MapCache::with_margin(const PinBatch& batch) const noexcept {
+MemoryRange MapCache::with_margin(PinBatch& batch) const noexcept {
+  batch.step = 0;
   if (batch.margin == PinBatch::Margin::none) return batch.wanted;
   MemoryRange area = batch.wanted.grown_to(config_.chunk.value);
+  batch.step = area.length().value;
   if (batch.margin == PinBatch::Margin::stream)
     for (const Stream& stream : streams_)
       if (stream.bytes != 0 && stream.next == area.start) {
-        const std::uint64_t bytes = std::min(stream.bytes * 2, config_.chunk_max.value);
-        area.last = std::max(area.last, area.start + bytes - 1);
+        // It ends at a border of its size, so that a huge page is not shared with the next one and the user's last
+        // chunk reaches no further than the memory is likely to.
+        const std::uint64_t bytes = std::min(std::bit_floor(stream.bytes) * 2, config_.chunk_max.value);
+        area.last = std::max(area.last, (area.start & ~(bytes - 1)) + (bytes - 1));
+        batch.step = std::max(batch.step, bytes);
       }
   if (const auto place = files_.find(batch.wanted.start))
     area.last = std::min(area.last, place->window_last);
@@ -148,9 +157,9 @@ MemoryRange MapCache::with_margin(const PinBatch& batch) const noexcept {
 }
 
 // Under lock_. `area` is being pinned: whoever misses right behind it goes on with it.
-void MapCache::note_stream(const MemoryRange& area) noexcept {
+void MapCache::note_stream(const MemoryRange& area, std::uint64_t step) noexcept {
   if (config_.chunk_max.value == 0) return;
-  const Stream now{area.last + 1, std::min(area.length().value, config_.chunk_max.value)};
+  const Stream now{area.last + 1, std::min(step, config_.chunk_max.value)};
   for (std::size_t i = 0; i < streams_max; ++i)
     if (streams_[i].next == area.start && streams_[i].bytes != 0) {
       if (i >= streams_max / 2) {
@@ -177,14 +186,20 @@ void MapCache::supersede_weaker(PinBatch& batch) noexcept {
   }
 }
 
-void MapCache::add_gap(PinBatch& batch, MemoryRange gap) noexcept {
+// Under lock_.
+bool MapCache::is_in_flight(const MemoryRange& range) const noexcept {
+  if (in_flight_count_ == 0) return false;
   for (const InFlight& f : in_flight_)
-    if (f.used && f.range.overlaps(gap)) {
-      // Somebody pins part of the margin already: keep to what is needed.
-      if (!gap.overlaps(batch.wanted)) return;
-      gap = gap.common(batch.wanted);
-      break;
-    }
+    if (f.used && f.range.overlaps(range)) return true;
+  return false;
+}
+
+void MapCache::add_gap(PinBatch& batch, MemoryRange gap) noexcept {
+  if (is_in_flight(gap)) {
+    // Somebody pins part of the margin already: keep to what is needed.
+    if (!gap.overlaps(batch.wanted)) return;
+    gap = gap.common(batch.wanted);
+  }
   const std::uint64_t border = provider_.traits().border.value;
   for (std::uint64_t key = gap.start; batch.count < pieces_max;) {
     const std::uint64_t piece_last = std::min(gap.last, key | (border - 1));
@@ -192,6 +207,7 @@ void MapCache::add_gap(PinBatch& batch, MemoryRange gap) noexcept {
     if (piece_last == gap.last) return;
     key = piece_last + 1;
   }
+  batch.whole = false;
 }
 
 PinRequest MapCache::request_for(const MemoryRange& range, Access access) const noexcept {
@@ -307,6 +323,7 @@ void MapCache::publish(PinBatch& batch) noexcept {
       }
       flight = {};
     }
+    in_flight_count_ -= batch.count;
   }
   changed_->notify_all();
   if (undo_count != 0) {
@@ -328,6 +345,7 @@ void MapCache::abandon(PinBatch& batch) noexcept {
   {
     const std::lock_guard held{lock_};
     for (std::size_t i = 0; i < batch.count; ++i) in_flight_[batch.pieces[i].flight] = {};
+    in_flight_count_ -= batch.count;
   }
   changed_->notify_all();
   for (std::size_t i = 0; i < batch.count; ++i)

@@ -46,8 +46,9 @@ std::size_t MapCache::invalidate(const MemoryRange& range) noexcept {
 
 std::size_t MapCache::retire(const MemoryRange& range) noexcept {
   const std::lock_guard held{lock_};
-  for (InFlight& f : in_flight_)
-    if (f.used && f.range.overlaps(range)) f.poisoned = true;
+  if (in_flight_count_ != 0)
+    for (InFlight& f : in_flight_)
+      if (f.used && f.range.overlaps(range)) f.poisoned = true;
   std::size_t count = 0;
   std::uint64_t key = range.start;
   while (const auto live = index_.first_in({key, range.last})) {
@@ -187,9 +188,7 @@ std::uint64_t MapCache::unpin(std::span<const RegionId> ids) noexcept {
 
 // Under lock_, so that no pin of the same memory can be watched in between.
 void MapCache::unwatch_locked(const MemoryRange& range) noexcept {
-  if (watcher_ == nullptr || range.is_file() || index_.first_in(range)) return;
-  for (const InFlight& f : in_flight_)
-    if (f.used && f.range.overlaps(range)) return;
+  if (watcher_ == nullptr || range.is_file() || index_.first_in(range) || is_in_flight(range)) return;
   watcher_->unwatch(range);
 }
 

@@ -142,6 +142,7 @@ Result<RegionId> PinIndex::insert(const MemoryRange& range, Access access, PinHa
                       std::memory_order_relaxed);
   record.granules.store(static_cast<std::uint32_t>(range.length().value / granule_bytes), std::memory_order_relaxed);
   record.holds.store(0, std::memory_order_relaxed);
+  base::yield_point("pin.fill");
   record.handle = handle;
   table_.write(id);
   return id;

@@ -4,6 +4,7 @@
 
 #include "backends/iommufd/ioas_calls.hpp"
 #include "backends/iommufd/iommufd_space.hpp"
+#include "backends/iommufd/take_over.hpp"
 #include "backends/kernel_error.hpp"
 #include "backends/range_list.hpp"
 #include "backends/uapi/iommufd.hpp"
@@ -139,19 +140,15 @@ Result<void> IommufdSpace::detach(DeviceId device) {
 }
 
 Result<AttachedDevice> IommufdSpace::take_over(IommufdSpace& from, DeviceId device) {
-  const auto at =
-      std::find_if(from.devices_.begin(), from.devices_.end(), [&](const BoundDevice& d) { return d.id == device; });
-  if (at == from.devices_.end())
-    return base::fail(Errc::not_found, Stage::attach, 0, "device {} is not attached to the space it should leave",
-                      device.value);
-  if (&from == this) return describe(*at);
-  devices_.reserve(devices_.size() + 1);  // before the kernel acts: nothing may fail after it
-  if (const auto connected = connect(*at); !connected) return connected.error();
-  devices_.push_back(std::move(*at));
-  from.devices_.erase(at);
-  devices_changed();
-  from.devices_changed();
-  return describe(devices_.back());
+  const auto moved = iommufd::take_over(
+      from.devices_, devices_, device, [](const BoundDevice& d) -> const BoundDevice& { return d; },
+      [&](const BoundDevice& d) { return connect(d); });
+  if (!moved) return moved.error();
+  if (&from != this) {
+    devices_changed();
+    from.devices_changed();
+  }
+  return describe(**moved);
 }
 
 }  // namespace iovane::backends::iommufd

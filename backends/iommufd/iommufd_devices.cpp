@@ -31,6 +31,7 @@ Result<BoundDevice> SharedDescriptor::bind(const DeviceSource& source) {
     for (const PciDevice& candidate : inventory ? *inventory : std::vector<PciDevice>{})
       if (candidate.address == source.pci_address) {
         device.reserved = candidate.reserved;
+        device.numa_node = candidate.numa_node;
         path = candidate.cdev;
         found = &candidate;
         if (path.empty() && source.cdev_fd < 0)

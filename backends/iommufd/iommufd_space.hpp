@@ -23,6 +23,7 @@ struct BoundDevice {
   std::uint32_t object = 0;  ///< its id on the descriptor
   HardwareInfo hardware;     ///< nothing known on kernels that do not tell
   std::vector<IovaRange> reserved;
+  int numa_node = -1;  ///< as the kernel numbers it; -1: not known
 };
 
 /// What the spaces of one descriptor share. Outlives them; members are locked or constant.

@@ -110,7 +110,10 @@ int EventQueue::read(Kernel& kernel, Item (&items)[items_max], std::size_t& coun
       ++item.lost;  // the header is a lost record's
       continue;
     }
-    if (left() < sizeof item.words) return EIO;
+    if (left() < sizeof item.words) {
+      --count;
+      return EIO;
+    }
     std::memcpy(item.words, bytes + at, sizeof item.words);
     at += sizeof item.words;
   }

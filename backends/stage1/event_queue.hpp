@@ -57,9 +57,10 @@ class EventQueue {
   bool is_open() const noexcept { return static_cast<bool>(file_); }
   int pollable(Kernel& kernel) const noexcept { return kernel.pollable(file_.get()); }
 
-  /// Reads what is there, in order: `each(words)` for a record, `lost(n)` for a gap. 0 or a positive errno.
+  /// Reads up to items_max of what is there, in order: `each(words)` for a record, `lost(n)` for a gap; `any`: there
+  /// was something. 0 or a positive errno.
   template <typename Each, typename Lost>
-  int drain(Kernel& kernel, Each&& each, Lost&& lost) noexcept;
+  int drain(Kernel& kernel, bool& any, Each&& each, Lost&& lost) noexcept;
 
  private:
   struct Item {
@@ -77,20 +78,17 @@ class EventQueue {
 };
 
 template <typename Each, typename Lost>
-int EventQueue::drain(Kernel& kernel, Each&& each, Lost&& lost) noexcept {
+int EventQueue::drain(Kernel& kernel, bool& any, Each&& each, Lost&& lost) noexcept {
   const std::lock_guard lock{mutex_};
   Item items[items_max];
-  // As much as the queue holds; more is next time's.
-  for (std::uint32_t round = 0; round < 2 * depth / items_max; ++round) {
-    std::size_t count = 0;
-    if (const int why = read(kernel, items, count); why != 0) return why;
-    if (count == 0) break;
-    for (std::size_t i = 0; i < count; ++i) {
-      if (items[i].lost != 0) lost(items[i].lost);
-      if (items[i].record) each(items[i].words);
-    }
+  std::size_t count = 0;
+  const int why = read(kernel, items, count);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (items[i].lost != 0) lost(items[i].lost);
+    if (items[i].record) each(items[i].words);
   }
-  return 0;
+  any = any || count != 0;
+  return why;
 }
 
 }  // namespace iovane::backends::stage1

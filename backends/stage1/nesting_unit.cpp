@@ -1,5 +1,6 @@
 #include "backends/stage1/nesting_unit.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <utility>
 
@@ -90,7 +91,8 @@ int SharedNesting::make_viommu(const iommufd::BoundDevice& device, NestingUnit& 
 Result<NestingUnit*> SharedNesting::make_unit(const iommufd::BoundDevice& device, const FirstStage& first_stage) {
   const auto holder = parent().holder(device.object);
   if (!holder) return holder.error();
-  NestingUnit unit{.parent = *holder, .own_parent = false, .viommu = 0, .first_stage = first_stage};
+  NestingUnit unit{
+      .parent = *holder, .own_parent = false, .viommu = 0, .first_stage = first_stage, .numa_node = device.numa_node};
   int why = 0;
   if (first_stage.format.architecture == Architecture::smmuv3) {
     why = make_viommu(device, unit);
@@ -117,6 +119,17 @@ Result<NestingUnit*> SharedNesting::make_unit(const iommufd::BoundDevice& device
   return units_.back().get();
 }
 
+void SharedNesting::prefer_node(void* memory, Bytes length, int numa_node) noexcept {
+  if (numa_node < 0) return;
+  try {
+    std::call_once(topology_once_, [&] { topology_ = base::Topology::load(); });
+    for (unsigned node = 0; node < topology_->node_count(); ++node)
+      if (topology_->os_number(node) == static_cast<unsigned>(numa_node))
+        static_cast<void>(topology_->bind_memory(memory, length, node));  // advice: containers often forbid it
+  } catch (...) {                                                         // no memory to look at the machine: no advice
+  }
+}
+
 // Without a queue everything works, and the kernel logs what the devices do wrong.
 void SharedNesting::open_events(NestingUnit& unit) {
   if (unit.viommu == 0) return;
@@ -132,13 +145,13 @@ void SharedNesting::route_faults(DeviceId device, FaultInbox* inbox) {
     inboxes_.erase(device.value);
 }
 
-int SharedNesting::collect_faults() noexcept {
+int SharedNesting::collect_faults(bool& any) noexcept {
   const std::lock_guard lock{mutex_};
   int worst = 0;
   for (const auto& unit : units_) {
     if (unit->events == nullptr) continue;
     const int why = unit->events->drain(
-        kernel(),
+        kernel(), any,
         [&](const std::uint64_t(&words)[4]) {
           const auto record = smmuv3::decode_event(words);
           const auto inbox = record ? inboxes_.find(record->device_id) : inboxes_.end();
@@ -148,7 +161,10 @@ int SharedNesting::collect_faults() noexcept {
           FaultRecord record;
           record.reason = FaultRecord::Reason::lost;
           record.lost = lost;
-          for (const auto& [device, inbox] : inboxes_) inbox->put(record);
+          // Nobody knows whose they were: every space is told, once.
+          for (auto at = inboxes_.begin(); at != inboxes_.end(); ++at)
+            if (std::none_of(inboxes_.begin(), at, [&](const auto& told) { return told.second == at->second; }))
+              at->second->put(record);
         });
     if (why != 0) worst = why;
   }

@@ -6,12 +6,14 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "backends/iommufd/iommufd_space.hpp"
 #include "backends/stage1/event_queue.hpp"
 #include "backends/stage1/smmuv3.hpp"
 #include "backends/stage1/table_format.hpp"
+#include "base/topology.hpp"
 
 namespace iovane::backends::stage1 {
 
@@ -35,6 +37,7 @@ struct NestingUnit {
   bool own_parent = false;   ///< not the staging's holder
   std::uint32_t viommu = 0;  ///< 0 where nested tables hang on the parent itself (VT-d)
   FirstStage first_stage;
+  int numa_node = -1;                    ///< of the first device behind it; -1: not known
   std::unique_ptr<EventQueue> events{};  ///< null where the kernel or the architecture has none
 };
 
@@ -63,10 +66,15 @@ class SharedNesting {
   /// A unit that a device is or was behind; null before the first one.
   const NestingUnit* first_unit() noexcept;
 
+  /// Asks that memory which is not there yet comes from the kernel's node `numa_node`; from elsewhere when it is full
+  /// or may not be bound. Nothing for -1. Any thread.
+  void prefer_node(void* memory, Bytes length, int numa_node) noexcept;
+
   /// Fault records of the device go there from now on; null: nowhere. What is not read yet stays where it is.
   void route_faults(DeviceId device, FaultInbox* inbox);
-  /// Reads the event queues of all units into the inboxes. 0 or a positive errno.
-  int collect_faults() noexcept;
+  /// Reads some of what is in the event queues of all units into the inboxes; `any`: there was something. 0 or a
+  /// positive errno.
+  int collect_faults(bool& any) noexcept;
 
   /// A number that tags this address space's translations; 0 when all are taken.
   std::uint16_t take_asid() noexcept;
@@ -80,7 +88,9 @@ class SharedNesting {
   void open_events(NestingUnit& unit);
 
   iommufd::SharedDescriptor shared_;
-  std::mutex mutex_;  // control plane: guards everything below
+  std::once_flag topology_once_;
+  std::optional<base::Topology> topology_;  // asked for by the first table memory with a node
+  std::mutex mutex_;                        // control plane: guards everything below
   std::vector<std::unique_ptr<NestingUnit>> units_;
   std::bitset<65536> asids_;
   std::map<std::uint32_t, FaultInbox*> inboxes_;  // by DeviceId, which is the device's number in its vIOMMU

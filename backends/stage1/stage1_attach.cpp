@@ -3,6 +3,7 @@
 #include <cerrno>
 
 #include "backends/iommufd/ioas_calls.hpp"
+#include "backends/iommufd/take_over.hpp"
 #include "backends/kernel_error.hpp"
 #include "backends/range_list.hpp"
 #include "backends/stage1/stage1_space.hpp"
@@ -34,10 +35,11 @@ Result<void> Stage1Space::open_tables(const NestingUnit& unit) {
     const auto room = shared_.parent().reserve(Bytes{std::uint64_t{pool_pages} * page_bytes});
     if (!room) return room.error();
     pool_room_ = *room;
+    table_node_ = unit.numa_node;
     if (const auto opened = pool_.open(*this, room->start.value, pool_pages); !opened) {
       shared_.parent().release(*room);
       pool_room_.reset();
-      return opened.error();
+      return pool_.last_errno() != 0 ? no_table_memory(Stage::attach) : opened.error();
     }
   }
   if (asid_ == 0) asid_ = shared_.take_asid();
@@ -47,7 +49,8 @@ Result<void> Stage1Space::open_tables(const NestingUnit& unit) {
   if (context_page_ == nullptr) context_page_ = pool_.take();
   if (context_page_ == nullptr || !editor_->open()) {
     editor_.reset();
-    return make_error(Errc::out_of_memory, Stage::attach, "no page for the first-stage root table");
+    return pool_.last_errno() != 0 ? no_table_memory(Stage::attach)
+                                   : make_error(Errc::out_of_memory, Stage::attach, "no page for a root table");
   }
   if (first_stage.format.architecture == Architecture::smmuv3) {
     const auto words = smmuv3::context_descriptor(editor_->root_address(), 12 + 9 * first_stage.levels, asid_,
@@ -209,20 +212,16 @@ Result<void> Stage1Space::detach(DeviceId device) {
 }
 
 Result<AttachedDevice> Stage1Space::take_over(Stage1Space& from, DeviceId device) {
-  const auto at = std::find_if(from.devices_.begin(), from.devices_.end(),
-                               [&](const NestedDevice& d) { return d.bound.id == device; });
-  if (at == from.devices_.end())
-    return base::fail(Errc::not_found, Stage::attach, 0, "device {} is not attached to the space it should leave",
-                      device.value);
-  if (&from == this) return describe(*at);
-  devices_.reserve(devices_.size() + 1);  // before the kernel acts: nothing may fail after it
-  if (const auto connected = connect(*at); !connected) return connected.error();
-  shared_.route_faults(device, &inbox_);
-  devices_.push_back(std::move(*at));
-  from.devices_.erase(at);
-  devices_changed();
-  from.devices_changed();
-  return describe(devices_.back());
+  const auto moved = iommufd::take_over(
+      from.devices_, devices_, device, [](const NestedDevice& d) -> const iommufd::BoundDevice& { return d.bound; },
+      [&](const NestedDevice& d) { return connect(d); });
+  if (!moved) return moved.error();
+  if (&from != this) {
+    shared_.route_faults(device, &inbox_);
+    devices_changed();
+    from.devices_changed();
+  }
+  return describe(**moved);
 }
 
 }  // namespace iovane::backends::stage1

@@ -52,7 +52,8 @@ Stage1Space::~Stage1Space() {
 }
 
 int Stage1Space::pin(std::uint64_t address, std::byte* memory, std::uint64_t bytes) noexcept {
-  // Hardware that never writes to tables needs no more than reading.
+  // Before the first touch, which is the pinning.
+  shared_.prefer_node(memory, Bytes{bytes}, table_node_);
   return shared_.parent().map_at(Iova{address}, reinterpret_cast<std::uintptr_t>(memory), Bytes{bytes}, true);
 }
 
@@ -214,10 +215,15 @@ BackendOpResult Stage1Space::map(const BackendOp& op, Batch& batch) noexcept {
         base::fail(Errc::limit_reached, Stage::map, why,
                    "all {} first-stage tables of this address space are in use; unmap something", pool_.pages_max()),
         {}};
-  return {base::fail(Errc::out_of_memory, Stage::map, why,
-                     "no memory for a first-stage table; {} bytes are pinned for such, look at RLIMIT_MEMLOCK",
-                     pool_.pinned().value),
-          {}};
+  return {no_table_memory(Stage::map), {}};
+}
+
+// Tables are pinned, so they count against RLIMIT_MEMLOCK like what they lead to.
+Error Stage1Space::no_table_memory(Stage stage) noexcept {
+  if (pool_.last_errno() == ENOMEM)
+    return explain_no_memory(shared_.kernel(), MemlockAccount::user_pinned, stage, "pinning first-stage tables",
+                             Bytes{TablePool::chunk_pages * page_bytes});
+  return explain_call(stage, "pinning first-stage tables (IOAS_MAP)", pool_.last_errno());
 }
 
 bool Stage1Space::clear(IovaRange range, Batch& batch, std::uint64_t& bytes) noexcept {
@@ -294,9 +300,16 @@ Result<std::size_t> Stage1Space::read_fault_records(std::span<FaultRecord> out) 
                       tables_.empty() ? "there are no fault records before the first device"
                                       : "this IOMMU's faults are only in the kernel's log: its driver or this kernel "
                                         "has no event queues (VEVENTQ_ALLOC; Arm SMMUv3, Linux 6.15)");
-  if (const int why = shared_.collect_faults(); why != 0)
-    return explain_call(Stage::query, "read of fault records", why);
-  return inbox_.take(out);
+  // Not more than is wanted: the kernel's queue is the larger one.
+  std::size_t taken = inbox_.take(out);
+  for (bool any = true; any && taken < out.size();) {
+    any = false;
+    const int why = shared_.collect_faults(any);
+    taken += inbox_.take(out.subspan(taken));
+    if (why != 0 && taken == 0) return explain_call(Stage::query, "read of fault records", why);
+    if (why != 0) break;
+  }
+  return taken;
 }
 
 Headroom Stage1Space::headroom() noexcept {

@@ -68,6 +68,7 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   bool clear(IovaRange range, Batch& batch, std::uint64_t& bytes) noexcept;
   Result<std::uint64_t> intermediate(const BackendOp& op, std::uint64_t& mark) noexcept;
   Error map_error(int os_errno, const BackendOp& op) noexcept;
+  Error no_table_memory(Stage stage) noexcept;
   Error owing() const noexcept;
   bool is_usable(IovaRange range) const noexcept;
   /// Invalidates what the batch has cleared; operations up to `count` that wait for it fail if that fails.
@@ -92,6 +93,7 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   OwnPins own_pins_;
   TablePool pool_;
   std::optional<IovaRange> pool_room_;
+  int table_node_ = -1;  // of the IOMMU that walks: the first device's
   std::optional<TableEditor> editor_;
   FirstStage first_stage_;
   Table* context_page_ = nullptr;  // SMMUv3: the context descriptor

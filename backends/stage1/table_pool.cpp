@@ -16,12 +16,17 @@ constexpr std::uint64_t next_tag(std::uint64_t word) noexcept { return (word & ~
 
 }  // namespace
 
-TablePool::~TablePool() {
+TablePool::~TablePool() { close(); }
+
+void TablePool::close() noexcept {
   if (base_ != nullptr) ::munmap(base_, std::uint64_t{pages_max_} * page_bytes);
   if (states_ != nullptr) ::munmap(states_, pages_max_ * sizeof(PageState));
+  base_ = nullptr;
+  states_ = nullptr;
 }
 
 Result<void> TablePool::open(TableMemory& memory, std::uint64_t address, std::uint32_t pages_max) {
+  close();  // of an attempt that failed
   memory_ = &memory;
   address_ = address;
   pages_max_ = pages_max;

@@ -93,6 +93,7 @@ class TablePool {
   std::uint32_t pages_max() const noexcept { return pages_max_; }
 
  private:
+  void close() noexcept;
   bool grow() noexcept;
   void push(std::uint32_t first, std::uint32_t last) noexcept;
 

@@ -82,6 +82,7 @@ void hours(benchmark::State& state, Lengths lengths, std::size_t most) {
   Tenant<Peer> tenant{peer, lengths, most / 10, 1};
   auto& live = tenant.live();
   double span_worst = 0;
+  double idle_worst = 0;
   std::uint64_t operations = 0;
   for (auto _ : state) {
     for (unsigned swing = 0; swing < 12; ++swing) {
@@ -99,15 +100,17 @@ void hours(benchmark::State& state, Lengths lengths, std::size_t most) {
       for (std::size_t i = 0; i < 4 * most; ++i) tenant.churn<false>();
       operations += 8 * most;
       const auto stats = peer.allocator().stats();
-      if (swing % 2 == 0)
-        span_worst =
-            std::max(span_worst, static_cast<double>(stats.span->span()) / static_cast<double>(stats.live.value));
+      if (swing % 2 != 0) continue;
+      const auto bytes = static_cast<double>(stats.live.value);
+      span_worst = std::max(span_worst, static_cast<double>(stats.span->span()) / bytes);
+      idle_worst = std::max(idle_worst, static_cast<double>(stats.idle.value) / bytes);
     }
   }
   const auto stats = peer.allocator().stats();
   const auto live_bytes = static_cast<double>(stats.live.value);
   state.counters["operations"] = static_cast<double>(operations);
   state.counters["span_over_live_full"] = span_worst;  // at the tops, where all of `most` are live
+  state.counters["idle_over_live_full"] = idle_worst;
   state.counters["span_over_live_half"] = static_cast<double>(stats.span->span()) / live_bytes;
   state.counters["idle_over_live_half"] = static_cast<double>(stats.idle.value) / live_bytes;
   state.counters["metadata_per_live"] =

@@ -57,6 +57,12 @@ Result<std::size_t> AddressSpace::read_page_faults(std::span<PageFaultEvent> out
 Result<void> AddressSpace::answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept {
   return core_->answer_page_fault(event, answer);
 }
+Result<void> AddressSpace::on_page_fault(PageFaultHandler handler) { return core_->on_page_fault(std::move(handler)); }
+Result<Watch> AddressSpace::watch(int fd, std::function<bool()> readable) {
+  auto task = core_->watch(fd, std::move(readable));
+  if (!task) return task.error();
+  return Watch{*std::move(task)};
+}
 int AddressSpace::fault_record_fd() const noexcept { return core_->fault_record_fd(); }
 Result<std::size_t> AddressSpace::read_fault_records(std::span<FaultRecord> out) noexcept {
   return core_->read_fault_records(out);

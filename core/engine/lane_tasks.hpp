@@ -43,8 +43,10 @@ class WorkerHeir final : public LaneHeir {
   void look() noexcept override { worker_.inherit_if_dead(); }
   void recover() noexcept override {
     executor_.recover();
-    // The timer may have ended before it said when to run again.
-    if (!state_.closed && state_.stale_timer != nullptr && !state_.stale->empty()) state_.stale_timer->arm();
+    // The thread may have been the timer, and ended before it said when to run again.
+    if (state_.closed || state_.stale_timer == nullptr) return;
+    state_.stale_timer_armed = !state_.stale->empty();
+    if (state_.stale_timer_armed) state_.stale_timer->arm();
   }
 
  private:

@@ -132,6 +132,7 @@ void QueueCore::deliver(std::uint32_t count) noexcept {
 }
 
 void QueueCore::announce() noexcept {
+  // sequentially consistent: after the store in deliver(), see there.
   if (sleeping_.load(std::memory_order_seq_cst)) {
     wakeups_.fetch_add(1, std::memory_order_release);
     base::futex_wake_all(wakeups_);

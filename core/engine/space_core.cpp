@@ -114,7 +114,9 @@ SpaceCore::~SpaceCore() {
 
 CloseReport SpaceCore::close() noexcept {
   CloseReport report;
-  // Without the lane: it unmaps through it.
+  // Without the lane: a handler may be using it.
+  stop_pump();
+  // Likewise: it unmaps through it.
   if (SpaceCache* const open = cache()) open->close();
   {
     const std::lock_guard recovering{recovery_lock_};
@@ -185,11 +187,14 @@ Completion SpaceCore::run_now(const Operation& operation) noexcept {
 
 Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
   auto attached = attach_now(device);
+  if (attached) devices_came();
   SpaceCache* const open = cache();
   if (attached || attached.error().code != Errc::iova_reserved || open == nullptr) return attached;
   // A cached mapping that nobody uses may lie where the device has a hole.
   open->evict(Bytes{~std::uint64_t{0}});
-  return attach_now(device);
+  attached = attach_now(device);
+  if (attached) devices_came();
+  return attached;
 }
 
 Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {

@@ -15,6 +15,7 @@
 #include "engine/lane.hpp"
 #include "engine/lane_tasks.hpp"
 #include "engine/space_cache.hpp"
+#include "engine/space_events.hpp"
 #include "engine/space_layout.hpp"
 #include "engine/space_state.hpp"
 #include "engine/stats_page.hpp"
@@ -58,6 +59,9 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   int page_fault_fd() noexcept;
   Result<std::size_t> read_page_faults(std::span<PageFaultEvent> out) noexcept;
   Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
+  // space_events.cpp.
+  Result<void> on_page_fault(PageFaultHandler handler);
+  Result<std::unique_ptr<DescriptorTask>> watch(int fd, std::function<bool()> handler);
   int fault_record_fd() noexcept;
   Result<std::size_t> read_fault_records(std::span<FaultRecord> out) noexcept;
   // space_dirty.cpp.
@@ -104,6 +108,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<DeviceInfo> attach_now(const DeviceConfig& device);
   /// Takes a device out of the backend. Called with the lane held.
   Result<void> release_device(backends::DeviceId device);
+  void devices_came() noexcept;
+  void stop_pump() noexcept;
   /// Called with the lane held. refresh_usable() reads what the host says and follows it; its error is the first thing
   /// that does not hold any more. expect_device() is asked before a device comes.
   Result<void> refresh_usable();
@@ -116,6 +122,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   MappingInfo describe(MappingId mapping) const noexcept;
   std::optional<IovaRange> next_dirty_run(const IovaRange& rest, bool& quarantined) noexcept;
   Error read_dirty_runs(IovaRange& rest, DirtyBitmap& bitmap, std::vector<std::uint64_t>& words, bool& more);
+  Result<DeviceInfo> move_device_now(std::uint32_t device_id, SpaceCore& to, AddressSpace::Gap gap);
   Result<DeviceInfo> move_with_gap(std::uint32_t device_id, SpaceCore& to);
   Result<DeviceInfo> moved_in(backends::AttachedDevice device, SpaceCore& from);
   Error closed_error() const noexcept;
@@ -134,6 +141,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::unique_ptr<StaleFlusher> flusher_;
   std::unique_ptr<Relief> relief_;
   std::unique_ptr<WorkerHeir> heir_;
+  std::mutex pump_lock_;
+  std::unique_ptr<PageFaultPump> pump_;
   std::atomic<std::uint32_t> queues_opened_{0};
   std::optional<SpaceLayout> layout_;                             // made by create()
   std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again

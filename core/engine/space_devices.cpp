@@ -35,6 +35,12 @@ class TwoLanes {
 }  // namespace
 
 Result<DeviceInfo> SpaceCore::move_device(std::uint32_t device_id, SpaceCore& to, AddressSpace::Gap gap) {
+  auto moved = move_device_now(device_id, to, gap);
+  if (moved) to.devices_came();
+  return moved;
+}
+
+Result<DeviceInfo> SpaceCore::move_device_now(std::uint32_t device_id, SpaceCore& to, AddressSpace::Gap gap) {
   if (&to == this || engine_ != to.engine_)
     return make_error(Errc::invalid_argument, Stage::attach,
                       "a device moves between two different address spaces of one engine");

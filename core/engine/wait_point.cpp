@@ -115,6 +115,7 @@ DescriptorWatch* WaitPoint::next_ready() noexcept {
     if (!slot.ready) continue;
     slot.ready = false;
     --ready_;
+    unarmed_ = true;
     return slot.watch;
   }
   return nullptr;

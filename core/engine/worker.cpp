@@ -35,6 +35,7 @@ class Worker::Farewell final : public WorkerTask {
   }
   void take() noexcept {
     worker_.set_timer(task_, never);
+    if (worker_.unfinished_ == &task_) worker_.unfinished_ = nullptr;
     task_.watched_fd_ = -1;
     worker_.set_watch(task_);
     done_.fire();
@@ -84,6 +85,7 @@ Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const 
                 if (on_start) on_start(index);
                 if (thread != 0) self->take_role();
                 self->take_over_lanes();
+                if (WorkerTask* const task = std::exchange(self->unfinished_, nullptr)) self->run(*task);
                 self->main();
               } catch (const abi::__forced_unwind&) {
                 throw;  // the thread is being ended, which cannot be stopped
@@ -122,11 +124,19 @@ Worker::~Worker() {
   pthread_mutex_destroy(&role_);
 }
 
+bool Worker::is_this_thread() const noexcept { return my_role == this; }
+
 // Waits for the role.
 void Worker::take_role() noexcept {
   if (pthread_mutex_lock(&role_) == EOWNERDEAD) pthread_mutex_consistent(&role_);
   my_role = this;
+  note_unfinished();
   dead_.store(false, std::memory_order_relaxed);  // relaxed: see is_dead()
+}
+
+void Worker::note_unfinished() noexcept {
+  WorkerTask* const task = std::exchange(running_, nullptr);
+  if (task != nullptr && task->runs_again()) unfinished_ = task;
 }
 
 bool Worker::take_role_of_dead() noexcept {
@@ -136,6 +146,7 @@ bool Worker::take_role_of_dead() noexcept {
   else if (taken != 0)
     return false;  // alive, or somebody else stands in, who looks at the stack once more after letting go
   my_role = this;
+  note_unfinished();
   dead_.store(true, std::memory_order_relaxed);  // relaxed: see is_dead()
   return true;
 }
@@ -236,7 +247,9 @@ bool Worker::run_posted() noexcept {
 }
 
 void Worker::run(WorkerTask& task) noexcept {
+  running_ = &task;
   std::uint64_t again = task.run_on_worker();
+  running_ = nullptr;
   set_watch(task);
   // Where no further descriptor can be watched, the task looks for itself.
   constexpr std::uint64_t look_ns = 1'000'000;

@@ -61,6 +61,8 @@ class WorkerTask {
  protected:
   /// On the worker's thread. Returns when it wants to run again, in nanoseconds of the monotonic clock, or `never`.
   virtual std::uint64_t run_on_worker() noexcept = 0;
+  /// Whether the understudy runs the task once more when the thread ended in it. What holds lanes needs it not.
+  virtual bool runs_again() const noexcept { return false; }
   /// Of run_on_worker(): from then on the task also runs when `fd` is readable; -1 for no longer. The descriptor stays
   /// open until forget().
   void watch(int fd) noexcept { watched_fd_ = fd; }
@@ -111,6 +113,8 @@ class Worker {
   bool is_dead() const noexcept {
     return dead_.load(std::memory_order_relaxed);  // relaxed: a hint; the role's mutex orders what it protects
   }
+  /// True on the thread that is this worker just now.
+  bool is_this_thread() const noexcept;
   bool has_understudy() const noexcept { return threads_[1].joinable(); }
   bool uses_io_uring() const noexcept { return wait_->uses_io_uring(); }
 
@@ -123,6 +127,7 @@ class Worker {
   bool take_role_of_dead() noexcept;
   void give_role_back() noexcept;
   void take_over_lanes() noexcept;
+  void note_unfinished() noexcept;
   void main() noexcept;
   bool run_posted() noexcept;
   /// Runs timers that are due; when the next one is.
@@ -139,6 +144,8 @@ class Worker {
   std::unique_ptr<WaitPoint> wait_;
   std::array<std::thread, 2> threads_;
   std::array<LaneClaims, 2> claims_;  // by thread
+  WorkerTask* running_ = nullptr;
+  WorkerTask* unfinished_ = nullptr;  // in which a thread ended
   WorkerTask* taken_ = nullptr;       // from the stack, oldest first, and not begun
   WorkerTask* timers_ = nullptr;      // unordered: there are as many as relaxed address spaces
   alignas(base::cacheline_bytes) std::atomic<WorkerTask*> head_{nullptr};

@@ -5,11 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "conformance/conformance.hpp"
-#include "conformance/tapped_backend.hpp"
-#include "engine/engine_core.hpp"
-#include "iovane/engine.hpp"
-#include "viommu/engine_target.hpp"
+#include "conformance/front_end.hpp"
 #include "viommu/papr.hpp"
 #include "viommu/virtio_requests.hpp"
 #include "viommu/vtd_guest.hpp"
@@ -18,68 +14,6 @@ namespace iovane::test {
 namespace {
 
 using namespace viommu;
-
-class FrontEndContract : public Conformance {
- protected:
-  static constexpr std::uint64_t tables_bytes = 4U << 20;
-  static constexpr std::uint64_t ram_start = 16U << 20;
-  static constexpr std::size_t ram_pages = 1024;
-  static constexpr std::uint16_t device_function = 0x08;
-
-  void SetUp() override {
-    Conformance::SetUp();
-    if (HasFatalFailure() || IsSkipped()) return;
-    backend_.reset();
-    auto backend = open_backend(*kernel_, {.name = std::string{to_string(GetParam())}, .descriptor = {}});
-    ASSERT_TRUE(backend) << backend.error().message();
-    engine_ = EngineAccess::open(std::make_unique<TappedBackend>(*std::move(backend), inner_), "under test");
-    auto space = engine_.create_address_space();
-    ASSERT_TRUE(space) << space.error().message();
-    address_space_ = *std::move(space);
-    const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
-    ASSERT_TRUE(device) << device.error().message();
-    AttachedDevice attached;
-    attached.id = DeviceId{device->id};
-    attached.name = device->name;
-    attached.device_fd = device->device_fd;
-    witness_ = machine_->witness(*inner_, attached);
-    ASSERT_NE(witness_, nullptr);
-    ASSERT_TRUE(guest_memory_.add(tables_.config()));
-    ASSERT_TRUE(guest_memory_.add({ram_start, ram_.length(), ram_.data(), -1, 0, false}));
-    auto target = EngineTarget::create(address_space_, guest_memory_);
-    ASSERT_TRUE(target) << target.error().message();
-    target_ = *std::move(target);
-  }
-  void TearDown() override {
-    target_.reset();
-    witness_.reset();
-    address_space_ = AddressSpace{};
-    engine_ = Engine{};
-    Conformance::TearDown();
-  }
-
-  static std::uint64_t iova(std::uint64_t page) { return base + page * 4096; }
-  /// The guest's pages have 4 KiB, whatever the host's have.
-  std::span<std::byte> guest_page(std::size_t page) const { return ram_.bytes().subspan(page * 4096, 4096); }
-  static std::uint64_t gpa(std::size_t page) { return ram_start + page * 4096; }
-  /// The device reads and writes guest page `page` at the IOVA of `slot`.
-  testing::AssertionResult reaches(std::uint64_t slot, std::size_t page) {
-    if (auto read = reads(*witness_, Iova{iova(slot)}, guest_page(page)); !read) return read;
-    return writes(*witness_, Iova{iova(slot)}, guest_page(page));
-  }
-  testing::AssertionResult cannot_reach(std::uint64_t slot, std::size_t page) {
-    if (auto read = cannot_read(*witness_, Iova{iova(slot)}, guest_page(page)); !read) return read;
-    return cannot_write(*witness_, Iova{iova(slot)}, guest_page(page));
-  }
-
-  Engine engine_;
-  AddressSpace address_space_;
-  BackendSpace* inner_ = nullptr;
-  GuestRam tables_{tables_bytes};
-  Memory ram_{ram_pages};
-  viommu::GuestMemory guest_memory_;
-  std::unique_ptr<EngineTarget> target_;
-};
 
 struct CountFailures final : VtdEvents {
   int failures = 0;
@@ -168,6 +102,24 @@ TEST_P(FrontEndContract, vtd_invalidations_of_every_kind_reach_the_device) {
   flush();
   EXPECT_TRUE(reaches(5, 50));
   EXPECT_TRUE(cannot_reach(16, 20));
+  // The same for all devices of a domain, and for all there are.
+  guest.set_context(device_function, first, 4, 1);
+  EXPECT_TRUE(reaches(5, 50));
+  guest.enqueue(0x21 | 2U << 16, 0);
+  flush();
+  EXPECT_TRUE(reaches(16, 20));
+  EXPECT_TRUE(cannot_reach(5, 50));
+  guest.set_context(device_function, second, 4, 2);
+  guest.enqueue(0x11, 0);
+  flush();
+  EXPECT_TRUE(reaches(5, 50));
+  EXPECT_TRUE(cannot_reach(16, 20));
+  // A device's own cache holds what the host's does: invalidating it alone changes nothing.
+  guest.put(second, 4, iova(5), 0);
+  guest.enqueue(0x03 | std::uint64_t{device_function} << 32, ~std::uint64_t{0xfff} | 1);
+  flush();
+  EXPECT_TRUE(reaches(5, 50));
+  guest.put(second, 4, iova(5), gpa(50) | 3);
   // Translation off: the device sees memory as it is.
   unit.set_translation(false);
   unit.finish();
@@ -241,6 +193,33 @@ TEST_P(FrontEndContract, vtd_scalable_mode_invalidations_reach_the_device) {
   tables_.store(0x1'3000, 0);
   flush(0x37, 0);
   EXPECT_TRUE(cannot_reach(2, 30));
+  // Second-level tables: the PASID cache of a domain, then the IOTLB's pages, domain and all.
+  const std::uint64_t second = guest.new_table();
+  guest.put(second, 4, iova(3), gpa(33) | 3);
+  tables_.store(0x1'3008, 3);
+  tables_.store(0x1'3010, 0);
+  tables_.store(0x1'3000, second | 1 | 2 << 6 | 2 << 2);
+  flush(0x07 | 3U << 16, 0);
+  EXPECT_TRUE(reaches(3, 33));
+  EXPECT_TRUE(cannot_reach(2, 30));
+  guest.put(second, 4, iova(3), 0);
+  guest.put(second, 4, iova(4), gpa(34) | 3);
+  guest.put(second, 4, iova(9), gpa(39) | 3);
+  guest.put(second, 4, iova(40), gpa(40) | 3);
+  EXPECT_TRUE(reaches(3, 33));
+  flush(0x32 | 3U << 16, iova(0) | 3);  // eight pages
+  EXPECT_TRUE(cannot_reach(3, 33));
+  EXPECT_TRUE(reaches(4, 34));
+  EXPECT_TRUE(cannot_reach(9, 39));
+  flush(0x22 | 3U << 16, 0);
+  EXPECT_TRUE(reaches(9, 39));
+  guest.put(second, 4, iova(9), 0);
+  flush(0x12, 0);
+  EXPECT_TRUE(cannot_reach(9, 39));
+  EXPECT_TRUE(reaches(40, 40));
+  tables_.store(0x1'3000, 0);
+  flush(0x17 | 3U << 16, 0);
+  EXPECT_TRUE(cannot_reach(40, 40));
   EXPECT_EQ(address_space_.stats().live_mappings, 0U);
   ASSERT_TRUE(unit.remove_endpoint(device_function, std::nullopt));
 }

@@ -4,6 +4,9 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
+#include <optional>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -144,6 +147,89 @@ TEST_F(PageFaults, ARetryWithoutAMapEndsAfterABoundedNumber) {
   EXPECT_LE(answers, 8U);
 }
 
+TEST_F(PageFaults, TheWorkerAsksAHandlerAndAnswers) {
+  std::atomic<unsigned> asked{0};
+  std::thread::id ran_on;
+  ASSERT_TRUE(space_.on_page_fault([&](const PageFaultEvent& event) -> std::optional<PageFaultAnswer> {
+    ran_on = std::this_thread::get_id();
+    asked.fetch_add(1, std::memory_order_relaxed);
+    const std::uint64_t p = (event.address.value - iova) / page;
+    if (p >= 3) return PageFaultAnswer::fail;
+    if (p == 2) throw std::runtime_error{"not this one"};
+    map(event.address.value, memory_[p].bytes, event.access);
+    return PageFaultAnswer::retry;
+  }));
+  for (int round = 0; round < 20; ++round) {  // the worker sleeps in between, or not
+    std::array<std::byte, 16> bytes{};
+    bytes.fill(static_cast<std::byte>(round));
+    asked = 0;
+    EXPECT_TRUE(kernel_->device(0).dma_write(Iova{iova + page - 8}, bytes).ok());
+    EXPECT_EQ(memory_[1].bytes[7], static_cast<std::byte>(round));
+    EXPECT_EQ(asked, 2U);
+    EXPECT_NE(ran_on, std::this_thread::get_id());
+    ASSERT_TRUE(space_.unmap(UnmapRequest::of(IovaRange::everything())).ok());
+    if (round % 4 == 0) std::this_thread::sleep_for(std::chrono::milliseconds{2});
+  }
+  std::array<std::byte, 4> bytes{};
+  EXPECT_FALSE(kernel_->device(0).dma_read(Iova{iova + 3 * page}, bytes).ok());
+  EXPECT_FALSE(kernel_->device(0).dma_read(Iova{iova + 2 * page}, bytes).ok()) << "a handler that throws says fail";
+}
+
+TEST_F(PageFaults, WhatTheHandlerLeavesIsAnsweredLater) {
+  std::atomic<bool> seen{false};
+  PageFaultEvent event;
+  ASSERT_TRUE(space_.on_page_fault([&](const PageFaultEvent& e) -> std::optional<PageFaultAnswer> {
+    event = e;
+    seen.store(true, std::memory_order_release);  // pairs with the acquire below
+    return std::nullopt;
+  }));
+  backends::model::DmaResult result;
+  std::array<std::byte, 4> bytes{};
+  std::thread device{[&] { result = kernel_->device(0).dma_read(Iova{iova}, bytes); }};
+  while (!seen.load(std::memory_order_acquire)) std::this_thread::yield();
+  map(iova, memory_[0].bytes);
+  EXPECT_TRUE(space_.answer_page_fault(event, PageFaultAnswer::retry));
+  device.join();
+  EXPECT_TRUE(result.ok());
+}
+
+TEST_F(PageFaults, AnEmptyHandlerLeavesThemToTheCallerAgain) {
+  std::atomic<unsigned> asked{0};
+  const auto count = [&](const PageFaultEvent&) -> std::optional<PageFaultAnswer> {
+    asked.fetch_add(1, std::memory_order_relaxed);
+    return PageFaultAnswer::fail;
+  };
+  std::array<std::byte, 4> bytes{};
+  for (unsigned round = 1; round <= 3; ++round) {
+    ASSERT_TRUE(space_.on_page_fault(count));
+    EXPECT_FALSE(kernel_->device(0).dma_read(Iova{iova}, bytes).ok());
+    EXPECT_EQ(asked, round);
+    ASSERT_TRUE(space_.on_page_fault({}));
+    std::thread device{[&] { EXPECT_FALSE(kernel_->device(0).dma_read(Iova{iova}, bytes).ok()); }};
+    const PageFaultEvent event = next();
+    EXPECT_TRUE(space_.answer_page_fault(event, PageFaultAnswer::fail));
+    device.join();
+    EXPECT_EQ(asked, round);
+  }
+}
+
+TEST_F(PageFaults, AHandlerThatCameBeforeTheDeviceHearsOfIt) {
+  AddressSpaceConfig config;
+  config.layout = LayoutPolicy::fixed;
+  config.page_faults = true;
+  AddressSpace other = *engine_.create_address_space(config);
+  std::atomic<unsigned> asked{0};
+  ASSERT_TRUE(other.on_page_fault([&](const PageFaultEvent&) -> std::optional<PageFaultAnswer> {
+    asked.fetch_add(1, std::memory_order_relaxed);
+    EXPECT_EQ(other.on_page_fault({}).error().code, Errc::busy) << "from inside";
+    return PageFaultAnswer::fail;
+  }));
+  ASSERT_TRUE(space_.move_device(device_, other));
+  std::array<std::byte, 4> bytes{};
+  EXPECT_FALSE(kernel_->device(0).dma_read(Iova{iova}, bytes).ok());
+  EXPECT_EQ(asked, 1U);
+}
+
 TEST(PageFaultRefusals, SayWhatIsMissing) {
   ModelOptions options;
   options.iommus.front().page_faults = false;
@@ -162,11 +248,46 @@ TEST(PageFaultRefusals, SayWhatIsMissing) {
   ASSERT_TRUE(plain);
   EXPECT_EQ(plain->read_page_faults(events).error().code, Errc::no_device);
   EXPECT_EQ(plain->page_fault_fd(), -1);
+  const auto handler = [](const PageFaultEvent&) { return std::optional{PageFaultAnswer::fail}; };
+  EXPECT_EQ(plain->on_page_fault(handler).error().code, Errc::unsupported);
   *plain = AddressSpace{};
   Engine type1 = EngineAccess::open(*backends::open_backend(*kernel, {.name = "type1", .descriptor = {}}), "model");
   auto container = type1.create_address_space(config);
   EXPECT_FALSE(container) << "a promise that type1 cannot keep";
   EXPECT_EQ(container.error().code, Errc::unsupported);
+}
+
+// What nobody waits for: fault records, where the interface delivers them.
+TEST(FaultRecords, AreToldWithDeviceAddressAndAccess) {
+  ModelOptions options;
+  options.iommus.front().nesting = backends::model::Nesting::smmuv3;
+  auto kernel = *ModelKernel::create(options);
+  for (const bool delivers : {true, false}) {
+    Engine engine = EngineAccess::open(
+        *backends::open_backend(*kernel, {.name = delivers ? "stage1" : "iommufd", .descriptor = {}}), "model");
+    auto space = engine.create_address_space({});
+    ASSERT_TRUE(space) << space.error().message();
+    EXPECT_EQ(space->fault_record_fd(), -1) << "before the first device";
+    const auto device = space->attach({.pci_address = kernel->device(0).address()});
+    ASSERT_TRUE(device) << device.error().message();
+    std::array<FaultRecord, 4> records;
+    if (!delivers) {
+      EXPECT_EQ(space->fault_record_fd(), -1);
+      EXPECT_EQ(space->read_fault_records(records).error().code, Errc::unsupported);
+      continue;
+    }
+    std::array<std::byte, 16> bytes{};
+    EXPECT_FALSE(kernel->device(0).dma_write(Iova{iova}, bytes).ok());
+    pollfd wait{.fd = space->fault_record_fd(), .events = POLLIN, .revents = 0};
+    EXPECT_EQ(::poll(&wait, 1, 0), 1);
+    const auto got = space->read_fault_records(records);
+    ASSERT_TRUE(got) << got.error().message();
+    ASSERT_EQ(*got, 1U);
+    EXPECT_EQ(records[0].device_id, device->id);
+    EXPECT_EQ(records[0].address, Iova{iova});
+    EXPECT_EQ(records[0].access, Access::write);
+    EXPECT_EQ(records[0].reason, FaultRecord::Reason::not_mapped);
+  }
 }
 
 }  // namespace

@@ -1,10 +1,14 @@
 // Stage-1 mode on the software IOMMU: what the conformance suite cannot see.
 #include <gtest/gtest.h>
+#include <poll.h>
+
+#include <fstream>
 
 #include "backends/kernel_decorators.hpp"
 #include "backends/model/model_kernel.hpp"
 #include "backends/open.hpp"
 #include "backends/uapi/iommufd.hpp"
+#include "base/topology.hpp"
 #include "conformance/memory.hpp"
 
 namespace iovane::test {
@@ -259,6 +263,136 @@ TEST_P(Stage1Test, the_width_of_addresses_can_be_chosen) {
   EXPECT_EQ(space_->usable_ranges()->back().last.value, (std::uint64_t{1} << 57) - 1);
   ASSERT_TRUE(map(registered(memory), at(std::uint64_t{1} << 55, 1), 0).error.ok());
   EXPECT_TRUE(reads(std::uint64_t{1} << 55, memory.page(0)));
+}
+
+TEST_P(Stage1Test, faults_go_to_the_space_that_has_the_device_and_losses_are_counted) {
+  auto other = *backend_->create_space({});
+  const auto second = *other->attach({.pci_address = model_->device(1).address()});
+  std::array<FaultRecord, 64> records;
+  if (GetParam() == Nesting::vtd) {
+    EXPECT_EQ(space_->fault_record_fd(), -1);
+    EXPECT_EQ(space_->read_fault_records(records).error().code, Errc::unsupported);
+    return;
+  }
+  const auto readable = [](const BackendSpace& space) {
+    pollfd wait{.fd = space.fault_record_fd(), .events = POLLIN, .revents = 0};
+    return ::poll(&wait, 1, 0) == 1;
+  };
+  EXPECT_FALSE(readable(*space_) || readable(*other));
+  const Memory memory{1};
+  EXPECT_FALSE(reads(base, memory.page(0), 0));
+  EXPECT_FALSE(reads(base + k4, memory.page(0), 1));
+  EXPECT_FALSE(reads(base + 2 * k4, memory.page(0), 1));
+  EXPECT_TRUE(readable(*space_) && readable(*other)) << "either may have to read the queue";
+  ASSERT_EQ(*other->read_fault_records(records), 2U);
+  EXPECT_EQ(records[0].device_id, second.id.value);
+  EXPECT_EQ(records[0].address, Iova{base + k4});
+  EXPECT_EQ(records[1].address, Iova{base + 2 * k4});
+  EXPECT_FALSE(readable(*other));
+  EXPECT_TRUE(readable(*space_)) << "in its inbox";
+  ASSERT_EQ(*space_->read_fault_records(records), 1U);
+  EXPECT_EQ(records[0].address, Iova{base});
+  EXPECT_FALSE(readable(*space_));
+  // A device that moved is heard where it went.
+  ASSERT_TRUE(backend_->move_device(*other, second.id, *space_));
+  EXPECT_FALSE(reads(base + 3 * k4, memory.page(0), 1));
+  ASSERT_EQ(*space_->read_fault_records(records), 1U);
+  EXPECT_EQ(records[0].device_id, second.id.value);
+  EXPECT_EQ(*other->read_fault_records(records), 0U);
+  // More than the kernel's queue holds: what came first is told, then how many there were.
+  constexpr std::size_t held = 1024, strays = 1500;
+  for (std::size_t i = 0; i < strays; ++i) (void)reads(base + i * k4, memory.page(0), 0);
+  std::size_t told = 0, lost = 0;
+  while (const std::size_t got = *space_->read_fault_records(records)) {
+    for (std::size_t i = 0; i < got; ++i) {
+      if (records[i].reason == FaultRecord::Reason::lost) {
+        lost += records[i].lost;
+      } else {
+        EXPECT_EQ(records[i].address, Iova{base + told * k4});
+        ++told;
+      }
+    }
+  }
+  EXPECT_EQ(told, held);
+  EXPECT_EQ(lost, strays - held);
+  EXPECT_FALSE(readable(*space_));
+}
+
+TEST_P(Stage1Test, a_kernel_without_event_queues_only_lacks_them) {
+  model::ModelOptions options;
+  options.event_queues = false;
+  start(options);
+  const Memory memory{1};
+  ASSERT_TRUE(map(registered(memory), at(base, 1), 0).error.ok());
+  EXPECT_TRUE(reads(base, memory.page(0)));
+  std::array<FaultRecord, 1> records;
+  EXPECT_EQ(space_->read_fault_records(records).error().code, Errc::unsupported);
+}
+
+// A hint over a hole would lead the device into it: it believes hints.
+TEST_P(Stage1Test, a_part_of_what_was_mapped_as_one_goes_for_the_device_too) {
+  const Memory memory{1600};
+  const RegionId region = registered(memory);
+  const std::uint64_t skew = memory.address() & (m2 - 1);
+  const IovaRange range = at(base + skew, 1600);
+  ASSERT_TRUE(map(region, range, 0).error.ok());
+  for (std::uint64_t page = 0; page < 1600; ++page) ASSERT_TRUE(reads(base + skew + page * k4, memory.page(page)));
+  for (std::uint64_t page = 5; page < 1600; page += 97)
+    ASSERT_EQ(unmap(at(base + skew + page * k4, 1)).bytes, Bytes{k4});
+  for (std::uint64_t page = 0; page < 1600; ++page)
+    ASSERT_EQ(reads(base + skew + page * k4, memory.page(page)), page % 97 != 5) << page;
+  (void)unmap(range);
+}
+
+TEST_P(Stage1Test, tables_beyond_the_memlock_limit_name_limit_use_and_need) {
+  const auto refused = [&](std::uint64_t kib) -> Error {
+    model::ModelOptions options;
+    options.iommus.front().nesting = GetParam();
+    options.memlock.limit = Bytes{kib << 10};
+    auto model = *model::ModelKernel::create(options);
+    auto backend = *open_backend(*model, {.name = "stage1"});
+    auto space = *backend->create_space({});
+    if (const auto device = space->attach({.pci_address = model->device(0).address()}); !device) return device.error();
+    const Memory memory{1};
+    const auto region = *space->register_memory({.address = memory.data(), .length = memory.length()});
+    for (std::uint64_t i = 0; i < 1000; ++i) {
+      const BackendOp op{.kind = OpKind::copy,
+                         .access = Access::read,
+                         .region = region,
+                         .range = at(0x1'0000'0000 + i * m2, 1),
+                         .memory = 0};
+      BackendOpResult result;
+      space->execute({&op, 1}, {&result, 1});
+      if (result.error) return result.error;
+    }
+    return {};
+  };
+  for (const std::uint64_t kib : {100, 300, 600}) {
+    const Error error = refused(kib);
+    EXPECT_EQ(error.code, Errc::memlock_exceeded) << kib << ": " << error.message();
+    EXPECT_NE(error.message().find(std::to_string(kib << 10)), std::string::npos) << error.message();
+    EXPECT_NE(error.message().find("262144"), std::string::npos) << "the need: " << error.message();
+  }
+}
+
+TEST_P(Stage1Test, tables_prefer_the_node_of_the_device) {
+  const auto bound_pieces = [] {
+    std::ifstream maps{"/proc/self/numa_maps"};
+    std::size_t count = 0;
+    for (std::string line; std::getline(maps, line);)
+      count += line.find(" bind") != std::string::npos || line.find(" prefer") != std::string::npos ? 1 : 0;
+    return count;
+  };
+  const iovane::base::Topology topology = iovane::base::Topology::load();
+  const Memory probe{1};
+  const bool possible = topology.bind_memory(probe.data(), probe.length(), 0).has_value();
+  const std::size_t before = bound_pieces();
+  if (!possible || before == 0)
+    GTEST_SKIP() << "this process may not bind memory to nodes, or there is nothing to bind";
+  model::ModelOptions options;
+  options.devices[0].numa_node = static_cast<int>(topology.os_number(0));
+  start(options);
+  EXPECT_EQ(bound_pieces(), before + 1) << "the first chunk of tables";
 }
 
 TEST_P(Stage1Test, a_host_that_cannot_says_why) {

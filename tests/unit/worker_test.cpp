@@ -267,7 +267,7 @@ TEST_F(SpaceWithWorker, WhoWaitsForTheLaneOfADeadWorkerGetsIt) {
   std::atomic<int> batches{0};
   std::atomic<bool> may_die{false};
   backend_->before_batch = [&] {
-    if (batches++ != 0) return;
+    if (batches.fetch_add(1, std::memory_order_release) != 0) return;  // pairs with the load below
     EXPECT_NE(std::this_thread::get_id(), here);
     while (!may_die) std::this_thread::yield();
     ::syscall(SYS_exit, 0);
@@ -294,7 +294,7 @@ TEST_F(SpaceWithWorker, ThePromisedTimeHoldsAlsoWhenTheWorkerDiesInAFlush) {
   const std::thread::id here = std::this_thread::get_id();
   std::atomic<bool> died{false};
   backend_->before_batch = [&] {
-    if (std::this_thread::get_id() == here || died.exchange(true)) return;
+    if (std::this_thread::get_id() == here || died.exchange(true, std::memory_order_relaxed)) return;
     ::syscall(SYS_exit, 0);
   };
   for (std::uint64_t i = 0; i < 4; ++i) {

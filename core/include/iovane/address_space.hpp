@@ -19,6 +19,7 @@
 #include "iovane/result.hpp"
 #include "iovane/stats.hpp"
 #include "iovane/types.hpp"
+#include "iovane/watch.hpp"
 #include "iovane/windows.hpp"
 
 namespace iovane {
@@ -191,6 +192,15 @@ class AddressSpace {
   /// Lets the requests of `event`'s cookie go on: map the page first, then let the device try again, or let it fail.
   /// Errors: not_found when nobody waits any more (answered, or its device was detached, which answers "fail").
   Result<void> answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept;
+  /// Lets the worker take page faults as they come and ask `handler`, on the worker's thread. It may use address spaces
+  /// and queues of its own, and must not close this address space. Should the thread die in it, it is asked again. An
+  /// empty one ends this: none runs any more when the call returns. Errors: unsupported
+  /// (AddressSpaceConfig::page_faults or WorkerConfig::enabled is off), busy (called by a handler).
+  Result<void> on_page_fault(PageFaultHandler handler);
+  /// Calls `readable` on the worker's thread whenever `fd` is: a device's interrupt, error or request eventfd, for
+  /// instance. It takes what made the descriptor readable, and returns false to end the watch. `fd` stays the caller's
+  /// and open until the Watch ends. Errors: invalid_argument, unsupported (WorkerConfig::enabled is off).
+  Result<Watch> watch(int fd, std::function<bool()> readable);
 
   /// For poll(2): readable while fault records wait, of transfers that failed. -1 where the backend delivers none (only
   /// stage1 on Arm SMMUv3 does; elsewhere the kernel logs them), and before the first device. Owned by the address

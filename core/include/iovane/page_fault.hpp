@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 
 #include "iovane/types.hpp"
@@ -25,5 +26,10 @@ enum class PageFaultAnswer : std::uint8_t {
   retry,  ///< the page is mapped now
   fail,   ///< it will not be: the device sees an error
 };
+
+/// Decides about one page fault: maps the page, then says `retry`. Nothing: AddressSpace::answer_page_fault() will be
+/// called later. Requests of one cookie are asked about one by one and answered together, with `retry` when all said
+/// so. One that throws says `fail`.
+using PageFaultHandler = std::function<std::optional<PageFaultAnswer>(const PageFaultEvent&)>;
 
 }  // namespace iovane

@@ -2,6 +2,7 @@
 // was written brings a copy of guest memory up to date. On the software IOMMU as iommufd and as type1 imitate it.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <map>
 #include <set>
@@ -11,6 +12,7 @@
 #include "engine/engine_core.hpp"
 #include "guest_ram.hpp"
 #include "iovane/engine.hpp"
+#include "viommu/backend_target.hpp"
 #include "viommu/engine_target.hpp"
 #include "viommu/shadow_domain.hpp"
 
@@ -31,22 +33,36 @@ struct Setup {
   bool register_memory;
   bool large_entries;      // a mark stands for a whole one: too many, never too few
   std::uint32_t runs_max;  // few: the engine's log of gone mappings spills
+  bool engine = true;      // false: right on the backend
 };
 
-struct EngineDirtyTest : ::testing::TestWithParam<Setup> {
+struct DirtyTest : ::testing::TestWithParam<Setup> {
   GuestRam ram{ram_pages * page, ram_start};
   GuestMemory memory;
   std::unique_ptr<ModelKernel> kernel;
   Engine engine;
   AddressSpace space;
-  std::unique_ptr<EngineTarget> target;
+  std::unique_ptr<backends::Backend> backend;
+  std::unique_ptr<backends::BackendSpace> backend_space;
+  std::unique_ptr<ShadowTarget> target;
   RegionId region;
 
   void SetUp() override {
     kernel = *ModelKernel::create(ModelOptions{});
-    auto backend = backends::open_backend(*kernel, {.name = GetParam().interface, .descriptor = {}});
-    ASSERT_TRUE(backend) << backend.error().message();
-    engine = EngineAccess::open(*std::move(backend), "model");
+    const auto added = memory.add(ram.config());
+    ASSERT_TRUE(added);
+    region = *added;
+    auto opened = backends::open_backend(*kernel, {.name = GetParam().interface, .descriptor = {}});
+    ASSERT_TRUE(opened) << opened.error().message();
+    if (GetParam().engine) {
+      open_engine_target(*std::move(opened));
+    } else {
+      backend = *std::move(opened);
+      open_backend_target();
+    }
+  }
+  void open_engine_target(std::unique_ptr<backends::Backend> under) {
+    engine = EngineAccess::open(std::move(under), "model");
     AddressSpaceConfig config;
     config.layout = LayoutPolicy::fixed;
     config.large_iopte = GetParam().large_entries;
@@ -57,20 +73,32 @@ struct EngineDirtyTest : ::testing::TestWithParam<Setup> {
     space = *std::move(made);
     const auto device = space.attach({.pci_address = kernel->device(0).address()});
     ASSERT_TRUE(device) << device.error().message();
-    const auto added = memory.add(ram.config());
-    ASSERT_TRUE(added);
-    region = *added;
     EngineTargetConfig with;
     with.register_memory = GetParam().register_memory;
     auto opened = EngineTarget::create(space, memory, with);
     ASSERT_TRUE(opened) << opened.error().message();
     target = *std::move(opened);
   }
+  void open_backend_target() {
+    backends::SpaceOptions options;
+    options.large_iopte = GetParam().large_entries;
+    options.dirty_tracking = true;
+    auto made = backend->create_space(options);
+    ASSERT_TRUE(made) << made.error().message();
+    backend_space = *std::move(made);
+    const auto device = backend_space->attach({.pci_address = kernel->device(0).address()});
+    ASSERT_TRUE(device) << device.error().message();
+    target = std::make_unique<BackendTarget>("backend", *backend_space, BackendTarget::Dirty::tracked);
+    ASSERT_TRUE(target->add_region(memory.regions().front()));
+  }
   void TearDown() override { target.reset(); }
-  bool exact() const { return space.facts().dirty_is_exact && !GetParam().large_entries && GetParam().runs_max > 1000; }
+  bool exact() const {
+    if (!GetParam().engine) return GetParam().interface == std::string{"iommufd"};
+    return space.facts().dirty_is_exact && !GetParam().large_entries && GetParam().runs_max > 1000;
+  }
 };
 
-TEST_P(EngineDirtyTest, ACopyOfGuestMemoryStaysCompleteWhileTheGuestKeepsMapping) {
+TEST_P(DirtyTest, ACopyOfGuestMemoryStaysCompleteWhileTheGuestKeepsMapping) {
   std::mt19937_64 random{test_seed()};
   ShadowDomain domain{{}};
   const auto view = memory.view();
@@ -130,7 +158,7 @@ TEST_P(EngineDirtyTest, ACopyOfGuestMemoryStaysCompleteWhileTheGuestKeepsMapping
   EXPECT_EQ(target->take_dirty([](const DirtyMemory&) {}).error().code, Errc::invalid_argument);
 }
 
-TEST_P(EngineDirtyTest, NamesNothingOfARegionThatIsGone) {
+TEST_P(DirtyTest, NamesNothingOfARegionThatIsGone) {
   ShadowDomain domain{{}};
   {
     const auto view = memory.view();
@@ -151,15 +179,60 @@ TEST_P(EngineDirtyTest, NamesNothingOfARegionThatIsGone) {
   ASSERT_TRUE(domain.detach(*target));
 }
 
-INSTANTIATE_TEST_SUITE_P(Hosts, EngineDirtyTest,
+INSTANTIATE_TEST_SUITE_P(Hosts, DirtyTest,
                          ::testing::Values(Setup{"iommufd", "iommufd", true, false, 4096},
                                            Setup{"iommufd_addresses", "iommufd", false, false, 4096},
                                            Setup{"iommufd_large_entries", "iommufd", true, true, 4096},
                                            Setup{"iommufd_short_log", "iommufd", true, false, 8},
-                                           Setup{"type1", "type1", true, false, 4096}),
+                                           Setup{"type1", "type1", true, false, 4096},
+                                           Setup{"backend_iommufd", "iommufd", true, false, 4096, false},
+                                           Setup{"backend_type1", "type1", true, false, 4096, false}),
                          [](const auto& p) { return std::string{p.param.name}; });
 
-TEST(EngineDirty, AnAddressSpaceThatWasNotMadeForItSaysSo) {
+// What does not fit into the log is not lost: its whole region counts.
+struct BackendDirtyLogTest : DirtyTest {};
+
+TEST_P(BackendDirtyLogTest, WhenFullSaysTooMuchAndNeverTooLittle) {
+  target.reset();
+  BackendDirtyLog log{Bytes{page}, 3};
+  ASSERT_TRUE(backend_space->start_dirty_tracking(log));
+  const auto here = memory.regions();
+  for (std::uint64_t i = 0; i < 8; ++i) {
+    const IovaRange at{Iova{i * page}, Iova{i * page + page - 1}};
+    log.mapped(at, region, 2 * i * page);
+    log.take(at, std::array<std::uint64_t, 1>{1});
+    log.unmapped(at);
+    std::set<std::uint64_t> told;
+    if (i % 4 != 2 && i % 4 != 3) continue;
+    ASSERT_TRUE(log.take(*backend_space, here, [&](const DirtyMemory& d) {
+      for (std::uint64_t done = 0; done < d.length.value; done += page) told.insert((d.offset + done) / page);
+    }));
+    if (i % 4 == 2) {
+      EXPECT_EQ(told, (std::set<std::uint64_t>{2 * i - 4, 2 * i - 2, 2 * i}));
+      for (std::uint64_t more = 20; more < 24; ++more) {
+        const IovaRange also{Iova{more * page}, Iova{more * page + page - 1}};
+        log.mapped(also, region, more * page);
+        log.take_all(also);
+        log.unmapped(also);
+      }
+    } else {
+      EXPECT_EQ(told.size(), ram_pages);
+    }
+  }
+  log.mapped({Iova{0}, Iova{4 * page - 1}}, region, 0);
+  log.unmapped({Iova{page}, Iova{2 * page - 1}});  // a kernel that cuts
+  EXPECT_EQ(log.mapped_run(IovaRange::everything()), (IovaRange{Iova{0}, Iova{page - 1}}));
+  log.take_all({Iova{0}, Iova{4 * page - 1}});
+  log.forget(region);
+  ASSERT_TRUE(log.take(*backend_space, here, [](const DirtyMemory&) { ADD_FAILURE() << "forgotten"; }));
+  ASSERT_TRUE(backend_space->stop_dirty_tracking());
+}
+
+INSTANTIATE_TEST_SUITE_P(Hosts, BackendDirtyLogTest,
+                         ::testing::Values(Setup{"iommufd", "iommufd", true, false, 4096, false}),
+                         [](const auto& p) { return std::string{p.param.name}; });
+
+TEST(Dirty, AnAddressSpaceThatWasNotMadeForItSaysSo) {
   EngineConfig config;
   config.backend = "model";
   Engine engine = *Engine::open(config);
@@ -171,6 +244,18 @@ TEST(EngineDirty, AnAddressSpaceThatWasNotMadeForItSaysSo) {
   ASSERT_TRUE(target);
   EXPECT_EQ((*target)->track_dirty(true).error().code, Errc::unsupported);
   EXPECT_FALSE((*target)->take_dirty([](const DirtyMemory&) {}));
+}
+
+TEST(Dirty, ABackendTargetThatWasNotMadeForItSaysSo) {
+  const auto kernel = *ModelKernel::create(ModelOptions{});
+  const auto backend = *backends::open_backend(*kernel, {.name = "type1", .descriptor = {}});
+  const auto space = *backend->create_space({});
+  BackendTarget target{"backend", *space};
+  EXPECT_EQ(target.track_dirty(true).error().code, Errc::unsupported);
+  EXPECT_EQ(target.take_dirty([](const DirtyMemory&) {}).error().code, Errc::unsupported);
+  BackendTarget tracked{"tracked", *space, BackendTarget::Dirty::tracked};
+  EXPECT_FALSE(tracked.track_dirty(true)) << "the space was not made for it";
+  EXPECT_EQ(tracked.take_dirty([](const DirtyMemory&) {}).error().code, Errc::invalid_argument);
 }
 
 }  // namespace
