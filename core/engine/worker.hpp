@@ -22,7 +22,7 @@
 //   true is visible to the run that follows.
 // ABA: none; the stack is only taken as a whole.
 // Reclamation: none. A task belongs to its owner again after forget().
-// System calls: docs/ENGINE.md has the list for each thread, which tests/unit/worker_seccomp_test.cpp enforces.
+// System calls: docs/ENGINE.md has the list for each thread, which tests/unit/syscalls_test.cpp enforces.
 // Proven by: tests/unit/worker_test.cpp, tests/fault/worker_death_test.cpp, tests/stress/worker_stress_test.cpp (TSan).
 #pragma once
 

@@ -401,58 +401,5 @@ TEST_F(SpaceWithWorker, WithoutWorkersWhatNeedsOneIsRefusedWithTheReason) {
   EXPECT_TRUE(space->open_queue()) << "a second queue wants a worker and does without";
 }
 
-// docs/ARCHITECTURE.md lists these; whatever else the worker tried would kill the process.
-void allow_only_the_documented_calls() {
-  constexpr std::array calls{SYS_io_uring_enter, SYS_ppoll,          SYS_read, SYS_write,   SYS_futex,  SYS_ioctl,
-                             SYS_clock_gettime,  SYS_rt_sigprocmask, SYS_exit, SYS_madvise, SYS_munmap, SYS_rseq};
-  std::vector<sock_filter> filter{BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr))};
-  for (std::size_t i = 0; i < calls.size(); ++i)
-    filter.push_back(BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(calls[i]),
-                              static_cast<std::uint8_t>(calls.size() - i), 0));
-  filter.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS));
-  filter.push_back(BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW));
-  const sock_fprog program{static_cast<unsigned short>(filter.size()), filter.data()};
-  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
-    _exit(3);
-}
-
-// Exit status 0 when the workload went through.
-[[noreturn]] void work_under_the_filter() {
-  testing::RecordingSpace* recorder = nullptr;
-  WorkerConfig workers;
-  workers.on_start = [](unsigned) { allow_only_the_documented_calls(); };
-  Engine engine = EngineAccess::open(std::make_unique<testing::RecordingBackend>(recorder), "recording", workers);
-  AddressSpaceConfig config;
-  config.layout = LayoutPolicy::fixed;
-  config.unmap = UnmapMode::relaxed;
-  config.relaxed.time_max = 200us;
-  AddressSpace space = *engine.create_address_space(config);
-  Queue queue = *space.open_queue({.submit = SubmitMode::never_block});
-  (void)queue.event_fd();
-  for (std::uint64_t round = 0; round < 100; ++round) {
-    MapRequest request;
-    request.memory = {{}, 0x7000'0000, 4_KiB};
-    request.placement = Placement::fixed(Iova{0x10000});
-    (void)queue.stage(request);
-    (void)queue.stage(UnmapRequest::of(IovaRange{Iova{0x10000}, Iova{0x10fff}}));
-    queue.submit();
-    std::array<Completion, 2> done;
-    if (queue.wait(done, 2, 20s) != 2 || !done[0].ok() || !done[1].ok()) _exit(1);
-    if (round % 10 == 0) std::this_thread::sleep_for(1ms);
-  }
-  queue = {};
-  space = {};
-  engine = {};
-  _exit(0);
-}
-
-TEST(WorkerDeathTest, MakesNoSystemCallButTheDocumentedOnes) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  GTEST_SKIP() << "sanitizers make system calls of their own on the worker's thread";
-#endif
-  GTEST_FLAG_SET(death_test_style, "threadsafe");
-  EXPECT_EXIT(work_under_the_filter(), ::testing::ExitedWithCode(0), "");
-}
-
 }  // namespace
 }  // namespace iovane::engine
