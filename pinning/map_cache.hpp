@@ -92,7 +92,7 @@ class MapCache final : public Evictor, public StalenessListener {
   /// Errors: invalid_argument, bad_memory, memlock_exceeded (which limit, its size, use and need: all of it in use),
   /// entry_limit, unsupported (the memory cannot be watched), busy (the memory keeps changing), closed (forked child),
   /// and what the provider says.
-  Result<Lease> acquire(MemoryRange range, Access access) noexcept {
+  [[gnu::always_inline]] Result<Lease> acquire(MemoryRange range, Access access) noexcept {
     if (Lease lease = try_acquire(range, access); lease) [[likely]]
       return lease;
     return acquire_missing(range, access);

@@ -237,11 +237,13 @@ std::uint64_t SpaprSpace::leave(TceBook& book, TceRun run) noexcept {
   for (std::uint64_t i = run.first; i <= run.last; ++i) {
     const TceWord word = book.at(i);
     if (!word.live()) continue;
-    book.clear(i);
-    ++gone;
+    const TceRun like{i, book.last_like(i, run.last)};
+    book.clear(like);
+    gone += like.count();
     if (word.registration() != number) drop();
     number = word.registration();
-    ++count;
+    count += like.count();
+    i = like.last;
   }
   drop();
   return gone;

@@ -95,9 +95,15 @@ std::optional<TceRun> TceBook::next_stretch(TceRun run, std::uint64_t hole_max) 
   const auto first = first_live(run);
   if (!first) return std::nullopt;
   TceRun stretch{*first, *first};
-  for (std::uint64_t i = *first + 1; i <= run.last && i - stretch.last <= hole_max + 1; ++i)
-    if (words_[i].live()) stretch.last = i;
-  return stretch;
+  for (std::uint64_t i = *first;;) {
+    while (i < run.last && words_[i + 1].live()) ++i;
+    stretch.last = i;
+    const std::uint64_t stop = std::min(run.last - i, hole_max + 1);
+    std::uint64_t hole = 1;
+    while (hole <= stop && !words_[i + hole].live()) ++hole;
+    if (hole > stop) return stretch;
+    i += hole;
+  }
 }
 
 }  // namespace iovane::backends::spapr

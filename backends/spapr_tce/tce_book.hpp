@@ -73,7 +73,6 @@ class TceBook {
   }
 
   TceWord at(std::uint64_t index) const noexcept { return words_[index]; }
-  void clear(std::uint64_t index) noexcept { words_[index] = {}; }
   /// Memory from `address` on, page by page.
   void fill(TceRun run, std::uint64_t address, std::uint32_t registration, Access access) noexcept;
 
@@ -89,9 +88,14 @@ class TceBook {
     const TceWord first = words_[run.first];
     std::uint64_t differ = 0;
     for (std::uint64_t i = run.first + 1; i <= run.last; ++i) differ |= words_[i].bits ^ first.bits;
-    constexpr std::uint64_t access_and_registration = (std::uint64_t{1} << 24) - 1;
     if (!first.live() || (differ & access_and_registration) != 0) return std::nullopt;
     return first.registration();
+  }
+  /// The last TCE up to `last` to which all from `index` on, which is there, have its registration and access.
+  std::uint64_t last_like(std::uint64_t index, std::uint64_t last) const noexcept {
+    const std::uint64_t bits = words_[index].bits;
+    while (index < last && ((words_[index + 1].bits ^ bits) & access_and_registration) == 0) ++index;
+    return index;
   }
   void clear(TceRun run) noexcept { std::fill_n(words_ + run.first, run.count(), TceWord{}); }
 
@@ -103,6 +107,7 @@ class TceBook {
   std::optional<TceRun> next_stretch(TceRun run, std::uint64_t hole_max) const noexcept;
 
  private:
+  static constexpr std::uint64_t access_and_registration = (std::uint64_t{1} << 24) - 1;
   static constexpr unsigned chunk_shift = 9;
   static constexpr std::uint64_t chunk_tces = std::uint64_t{1} << chunk_shift;
   TceBook(const SpaprWindow& window, TceWord* words, std::uint64_t count,

@@ -123,8 +123,8 @@ void VtdDirect::write_tail(std::uint64_t iqt) noexcept {
   if (!queue_.on() || !queue_.set_tail(iqt)) return;
   const auto view = memory_.view();
   for (std::uint32_t left = queue_.entries(); !queue_.all_read() && left != 0; --left) {
-    VtdRawDescriptor raw{};
-    const auto descriptor = queue_.peek(view, raw) ? decode_descriptor(raw, rules_) : std::optional<VtdDescriptor>{};
+    const VtdQueue::Run run = queue_.unread(view);
+    const auto descriptor = run.count != 0 ? decode_descriptor(run.first(), rules_) : std::optional<VtdDescriptor>{};
     if (!descriptor) {
       ++stats_.queue_errors;
       events_.queue_error(queue_.head());
@@ -156,7 +156,7 @@ void VtdDirect::write_tail(std::uint64_t iqt) noexcept {
       case VtdDescriptor::Kind::device_iotlb:
       case VtdDescriptor::Kind::pasid_device_iotlb: break;
     }
-    queue_.skip();
+    queue_.skip(1);
     queue_.complete();
   }
   (void)flush();

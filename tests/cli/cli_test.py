@@ -193,6 +193,22 @@ class Replay(Command):
         words = ("replay", "--backend", "model", "--events", "2000", "--rounds", "3", "--baseline", "event,engine", "--json", self.MIXED)
         self.assertEqual([run["target"] for run in json.loads(self.iovane(*words).stdout)["runs"]], ["event", "engine"])
 
+    def test_a_comparison_puts_interfaces_side_by_side(self):
+        command = ("replay", self.MIXED, "--compare", "--backend", "model,model:type1,auto", "--events", "1000")
+        rows = json.loads(self.iovane(*command, "--json").stdout)["comparison"]
+        times = {(row["backend"], row["target"]): row for row in rows}
+        self.assertEqual(len(times), 2 * 4 + 2)  # auto is compared by the engine alone, and nothing here shares pins
+        for backend in ("model", "model:type1"):
+            event = times[backend, "event"]["ns_per_event"]
+            self.assertAlmostEqual(times[backend, "engine"]["over_event"], times[backend, "engine"]["ns_per_event"] / event)
+            self.assertAlmostEqual(times[backend, "event"]["leaf_over"], times[backend, "leaf"]["ns_per_event"] / event)
+            self.assertEqual(times[backend, "engine"]["calls_per_event"], times[backend, "engine"]["calls_least"])
+        best = min(times[backend, "engine"]["ns_per_event"] for backend in ("model", "model:type1"))
+        self.assertAlmostEqual(times["auto", "engine"]["over_best"], times["auto", "engine"]["ns_per_event"] / best)
+        text = self.iovane(*command).stdout
+        for part in ("time/event loop", "leaf loop/time", "time/best interface", "auto: "):
+            self.assertIn(part, text)
+
     def test_without_verification_it_claims_none(self):
         run = self.iovane("replay", self.MIXED, "--backend", "model", "--events", "1000", "--no-verify", "--json")
         self.assertFalse(json.loads(run.stdout)["runs"][0]["verified"])

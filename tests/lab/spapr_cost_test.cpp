@@ -39,7 +39,9 @@ double nanoseconds(std::chrono::steady_clock::duration spent) {
 
 class SpaprCostLab : public testing::Test {
  protected:
-  void SetUp() override {
+  /// `layout`: the loop of bare calls has its IOVAs from its caller, as LayoutPolicy::fixed has; with engine_managed
+  /// each map and unmap also claims and frees its IOVA in the allocator.
+  void open(LayoutPolicy layout) {
     void* const memory =
         ::mmap(nullptr, memory_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     ASSERT_NE(memory, MAP_FAILED);
@@ -50,7 +52,9 @@ class SpaprCostLab : public testing::Test {
         backends::open_backend(kernel_, {.name = "spapr", .descriptor = {.fd = container_, .duplicate = false}});
     ASSERT_TRUE(backend) << backend.error().message();
     engine_ = EngineAccess::open(std::make_unique<TappedBackend>(*std::move(backend), seam_), "spapr");
-    auto space = engine_.create_address_space();
+    AddressSpaceConfig config;
+    config.layout = layout;
+    auto space = engine_.create_address_space(config);
     ASSERT_TRUE(space) << space.error().message();
     space_ = *std::move(space);
     std::string device{std::getenv("IOVANE_LAB_DEVICES")};
@@ -109,6 +113,7 @@ class SpaprCostLab : public testing::Test {
     request.placement = Placement::fixed(range(i, length).start);
     return request;
   }
+  void compare(const char* layout);
   bool take_all() {
     std::array<Completion, batch> out;
     while (queue_.outstanding() != 0)
@@ -128,7 +133,7 @@ class SpaprCostLab : public testing::Test {
   Queue queue_;
 };
 
-TEST_F(SpaprCostLab, engine_and_seam_beside_bare_ioctls) {
+void SpaprCostLab::compare(const char* layout) {
   constexpr int rounds = 15;
   for (const std::uint64_t length : {std::uint64_t{4} << 10, std::uint64_t{64} << 10, std::uint64_t{512} << 10}) {
     double bare = 1e18, seam = 1e18, engine = 1e18;  // ns per map + unmap; the fastest of rounds in turn
@@ -184,12 +189,14 @@ TEST_F(SpaprCostLab, engine_and_seam_beside_bare_ioctls) {
     std::sort(seam_ratio.begin(), seam_ratio.end());
     std::sort(engine_ratio.begin(), engine_ratio.end());
     std::printf(
-        "{\"benchmark\": \"spapr_pair\", \"bytes\": %llu, \"batch\": %zu, \"bare_ns\": %.0f, \"seam_ns\": %.0f, "
+        "{\"benchmark\": \"spapr_pair\", \"layout\": \"%s\", \"bytes\": %llu, \"batch\": %zu, \"bare_ns\": %.0f, "
+        "\"seam_ns\": %.0f, "
         "\"engine_ns\": %.0f, \"seam_ratio\": %.3f, \"engine_ratio\": %.3f, \"seam_ratio_median\": %.3f, "
         "\"engine_ratio_median\": %.3f}\n",
-        static_cast<unsigned long long>(length), batch, bare, seam, engine, seam / bare, engine / bare,
+        layout, static_cast<unsigned long long>(length), batch, bare, seam, engine, seam / bare, engine / bare,
         seam_ratio[rounds / 2], engine_ratio[rounds / 2]);
-    EXPECT_LT(engine / bare, 2.0) << "a bound against rot; the numbers to look at are above";
+    // Of the median: a kernel that is faster in one slice than in all others makes nonsense of the ratio of minima.
+    EXPECT_LT(engine_ratio[rounds / 2], 2.0) << "a bound against rot; the numbers to look at are above";
   }
   const auto stats = space_.stats();
   std::printf("{\"benchmark\": \"spapr_pair_calls\", \"operations\": %llu, \"backend_operations\": %llu}\n",
@@ -197,7 +204,19 @@ TEST_F(SpaprCostLab, engine_and_seam_beside_bare_ioctls) {
               static_cast<unsigned long long>(stats.backend_ops));
 }
 
+TEST_F(SpaprCostLab, engine_and_seam_beside_bare_ioctls) {
+  open(LayoutPolicy::fixed);
+  if (!HasFatalFailure()) compare("fixed");
+}
+
+TEST_F(SpaprCostLab, the_same_with_iovas_of_the_engines_allocator) {
+  open(LayoutPolicy::engine_managed);
+  if (!HasFatalFailure()) compare("engine_managed");
+}
+
 TEST_F(SpaprCostLab, what_an_unmap_call_costs_and_what_an_empty_tce_in_it) {
+  open(LayoutPolicy::fixed);
+  ASSERT_FALSE(HasFatalFailure());
   constexpr std::uint64_t empty = 256;
   double one = 1e18, many = 1e18;
   for (int round = 0; round < 50; ++round) {

@@ -257,5 +257,38 @@ TEST(PageFaultRefusals, SayWhatIsMissing) {
   EXPECT_EQ(container.error().code, Errc::unsupported);
 }
 
+// What nobody waits for: fault records, where the interface delivers them.
+TEST(FaultRecords, AreToldWithDeviceAddressAndAccess) {
+  ModelOptions options;
+  options.iommus.front().nesting = backends::model::Nesting::smmuv3;
+  auto kernel = *ModelKernel::create(options);
+  for (const bool delivers : {true, false}) {
+    Engine engine = EngineAccess::open(
+        *backends::open_backend(*kernel, {.name = delivers ? "stage1" : "iommufd", .descriptor = {}}), "model");
+    auto space = engine.create_address_space({});
+    ASSERT_TRUE(space) << space.error().message();
+    EXPECT_EQ(space->fault_record_fd(), -1) << "before the first device";
+    const auto device = space->attach({.pci_address = kernel->device(0).address()});
+    ASSERT_TRUE(device) << device.error().message();
+    std::array<FaultRecord, 4> records;
+    if (!delivers) {
+      EXPECT_EQ(space->fault_record_fd(), -1);
+      EXPECT_EQ(space->read_fault_records(records).error().code, Errc::unsupported);
+      continue;
+    }
+    std::array<std::byte, 16> bytes{};
+    EXPECT_FALSE(kernel->device(0).dma_write(Iova{iova}, bytes).ok());
+    pollfd wait{.fd = space->fault_record_fd(), .events = POLLIN, .revents = 0};
+    EXPECT_EQ(::poll(&wait, 1, 0), 1);
+    const auto got = space->read_fault_records(records);
+    ASSERT_TRUE(got) << got.error().message();
+    ASSERT_EQ(*got, 1U);
+    EXPECT_EQ(records[0].device_id, device->id);
+    EXPECT_EQ(records[0].address, Iova{iova});
+    EXPECT_EQ(records[0].access, Access::write);
+    EXPECT_EQ(records[0].reason, FaultRecord::Reason::not_mapped);
+  }
+}
+
 }  // namespace
 }  // namespace iovane

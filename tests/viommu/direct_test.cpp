@@ -386,6 +386,91 @@ TEST(Smmuv3DirectTest, streams_follow_a_two_level_stream_table_and_commands_go_i
   EXPECT_EQ(model->usage(), model::ModelUsage{});
 }
 
+// Whatever a guest writes, into registers, queues and tables: nothing but its own devices' DMA is at stake.
+TEST(Smmuv3DirectTest, a_guest_that_writes_nonsense_harms_itself_alone) {
+  auto model = nesting_host(model::Nesting::smmuv3, 2);
+  {
+    auto host = *GuestNesting::open(*model, {});
+    GuestRam ram{1U << 20};
+    GuestMemory memory;
+    ASSERT_TRUE(memory.add(ram.config()));
+    ASSERT_TRUE(host->add_memory(0, {.address = ram.at(0), .length = Bytes{1U << 20}}));
+    Smmuv3Direct smmu{memory, *host};
+    std::mt19937_64 random{test_seed()};
+    const auto word = [&] {  // small ones, addresses in and out of RAM, anything
+      const std::uint64_t value = random();
+      switch (random() % 4) {
+        case 0: return value & 0xff;
+        case 1: return value & 0xf'fff0;
+        case 2: return (value & 0xf'ffff) | (value & 0xff) << 56;
+        default: return value;
+      }
+    };
+    for (std::uint32_t i = 0; i < 2; ++i)
+      ASSERT_TRUE(smmu.add_endpoint(i, host->attach({.pci_address = model->device(i).address()}, i)->id));
+    for (int round = 0; round < 3000; ++round) {
+      for (int i = 0; i < 64; ++i) ram.store(random() % (1U << 17) * 8, word());
+      if (random() % 16 == 0) smmu.set_stream_table(word(), static_cast<std::uint32_t>(word()));
+      if (random() % 16 == 0) smmu.set_command_queue(word());
+      if (random() % 16 == 0) smmu.set_event_queue(word());
+      if (random() % 16 == 0) (void)smmu.set_enabled(random() % 4 != 0);
+      // Commands that mean something, too.
+      smmu.set_command_queue(0x8000 | 6);
+      constexpr std::uint64_t known[] = {0x01, 0x03, 0x04, 0x05, 0x06, 0x10, 0x11, 0x12, 0x13, 0x30, 0x40, 0x46};
+      for (std::uint64_t i = 0; i < 64; ++i)
+        if (random() % 2 == 0) ram.store(0x8000 + i * 16, known[random() % std::size(known)] | (random() << 12));
+      const auto done = smmu.write_command_tail(static_cast<std::uint32_t>(word()));
+      ASSERT_LT(done.cons, 128U);
+      std::array<std::byte, 64> bytes{};
+      (void)model->device(random() % 2).dma_read(Iova{word()}, bytes);
+      (void)smmu.deliver_events(static_cast<std::uint32_t>(word()));
+    }
+    EXPECT_GT(smmu.stats().commands, 1000U);
+    EXPECT_GT(smmu.stats().stream_entries, 10U);
+    EXPECT_GT(smmu.stats().refused_entries, 10U);
+  }
+  EXPECT_EQ(model->usage(), model::ModelUsage{});
+}
+
+TEST(VtdDirectTest, a_guest_that_writes_nonsense_harms_itself_alone) {
+  auto model = nesting_host(model::Nesting::vtd, 2);
+  {
+    auto host = *GuestNesting::open(*model, {});
+    GuestRam ram{1U << 20};
+    GuestMemory memory;
+    ASSERT_TRUE(memory.add(ram.config()));
+    ASSERT_TRUE(host->add_memory(0, {.address = ram.at(0), .length = Bytes{1U << 20}}));
+    Notes notes;
+    VtdCapabilities capabilities;
+    capabilities.scalable = capabilities.first_level = true;
+    VtdDirect unit{memory, *host, capabilities, {.scalable = true}, notes};
+    std::mt19937_64 random{test_seed()};
+    for (std::uint16_t i = 0; i < 2; ++i)
+      unit.add_endpoint(i, host->attach({.pci_address = model->device(i).address()}, i)->id);
+    for (int round = 0; round < 3000; ++round) {
+      // Tables of tables: small words with low bits set, so that some lead somewhere.
+      for (int i = 0; i < 200; ++i) ram.store(random() % (1U << 17) * 8, (random() & 0xff000) | (random() & 0x1ff));
+      unit.set_queue(0x8000 | 1U << 11);
+      if (random() % 4 == 0) unit.set_root_table((random() & 0xff000) | 1U << 10);
+      if (random() % 8 == 0) unit.set_translation(random() % 4 != 0);
+      for (std::uint64_t i = 0; i < 128; ++i) {
+        // Mostly what decodes: context cache, IOTLB, PASID cache, PASID-based IOTLB, waits.
+        constexpr std::uint64_t known[] = {0x11, 0x12, 0x22, 0x37, 0x26, 0x36, 0x25};
+        const std::uint64_t nonsense = (1 + random() % 8) | (random() & 0xff0);
+        ram.store(0x8000 + i * 32, (random() % 32 == 0 ? nonsense : known[random() % std::size(known)]) | (random() & 3)
+                                                                                                              << 16);
+        for (unsigned w = 1; w < 4; ++w) ram.store(0x8000 + i * 32 + w * 8, w == 1 ? random() & 0xff000 : 0);
+      }
+      unit.write_tail(random() % 128 * 32);
+      std::array<std::byte, 64> bytes{};
+      (void)model->device(random() % 2).dma_read(Iova{random() & 0xfffff}, bytes);
+    }
+    EXPECT_GT(unit.stats().descriptors, 1000U);
+    EXPECT_GT(unit.stats().rebound, 10U);
+  }
+  EXPECT_EQ(model->usage(), model::ModelUsage{});
+}
+
 TEST(GuestNestingTest, a_host_that_cannot_says_why_and_nothing_is_left) {
   for (const model::Nesting nesting : {model::Nesting::none, model::Nesting::amd}) {
     auto model = nesting_host(nesting, 1);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cli/progress.hpp"
+#include "cli/replay_comparison.hpp"
 #include "cli/replay_report.hpp"
 #include "replay/engine_target.hpp"
 #include "replay/front_end_target.hpp"
@@ -26,7 +27,7 @@ namespace {
 
 struct Arguments {
   std::vector<std::string> traces;
-  std::string backend = "auto";
+  std::vector<std::string> backends{"auto"};
   std::string device;
   std::vector<std::string> targets{"engine"};
   std::vector<std::string> front_ends;
@@ -38,6 +39,7 @@ struct Arguments {
   bool measure = true;
   bool stats = false;
   bool json = false;
+  bool compare = false;
 };
 
 struct LoadedTrace {
@@ -98,6 +100,28 @@ Result<replay::RunReport> run_one(const LoadedTrace& trace, const std::string& t
   return report;
 }
 
+/// Of a comparison: `auto` is compared by what the engine takes on it, and only iommufd shares pins.
+bool belongs(const std::string& target, const HostRuns& on) {
+  if (on.asked == "auto" && !target.starts_with("engine")) return false;
+  return !target.ends_with("-copy") || on.host->backend() == "iommufd";
+}
+
+void print(const std::vector<HostRuns>& all, const Arguments& arguments) {
+  const auto rows = compare(all);
+  if (arguments.json && all.size() == 1) {
+    fmt::print("{}\n", replay_json(*all[0].host, all[0].runs, arguments.batch_max).dump(2));
+  } else if (arguments.json) {
+    auto hosts = nlohmann::ordered_json::array();
+    for (const HostRuns& on : all) hosts.push_back(replay_json(*on.host, on.runs, arguments.batch_max));
+    const nlohmann::ordered_json document{
+        {"format", 1}, {"hosts", std::move(hosts)}, {"comparison", comparison_json(rows)}};
+    fmt::print("{}\n", document.dump(2));
+  } else {
+    for (const HostRuns& on : all) fmt::print("{}", replay_text(*on.host, on.runs, arguments.batch_max));
+    if (all.size() > 1) fmt::print("\n{}", comparison_text(rows));
+  }
+}
+
 ExitStatus run_replay(Arguments arguments) {
   arguments.targets.insert(arguments.targets.end(), arguments.front_ends.begin(), arguments.front_ends.end());
   // All input is read and checked before anything is opened: nothing is left half done.
@@ -113,36 +137,44 @@ ExitStatus run_replay(Arguments arguments) {
   }
   const auto measure =
       arguments.measure ? backends::ProbeOptions::Measure::when_new : backends::ProbeOptions::Measure::never;
-  const auto host = replay::Host::open(arguments.backend, arguments.device, measure);
-  if (!host) {
-    const ExitStatus status = report(host.error());
-    return host.error().code == Errc::invalid_argument ? ExitStatus::usage : status;  // an unknown backend
+  std::vector<std::unique_ptr<replay::Host>> hosts;
+  std::vector<HostRuns> all;
+  for (const std::string& backend : arguments.backends) {
+    auto host = replay::Host::open(backend, arguments.device, measure);
+    if (!host) {
+      const ExitStatus status = report(host.error());
+      return host.error().code == Errc::invalid_argument ? ExitStatus::usage : status;  // an unknown backend
+    }
+    hosts.push_back(*std::move(host));
+    all.push_back({backend, hosts.back().get(), {}});
   }
-  std::vector<replay::RunReport> runs;
   for (const LoadedTrace& trace : traces) {
     const auto memory = replay::GuestMemory::create(trace.plan.memory);
     if (!memory) return report(memory.error());
+    std::vector<std::size_t> first;
+    for (const HostRuns& on : all) first.push_back(on.runs.size());
     // Round by round, not target by target: what else the machine does meanwhile then hits all of them alike.
-    const std::size_t first = runs.size();
     for (std::uint32_t round = 0; round < arguments.rounds; ++round) {
-      for (std::size_t i = 0; i < arguments.targets.size(); ++i) {
-        auto done = run_one(trace, arguments.targets[i], **host, *memory, arguments);
-        if (!done) {
-          const bool differs = replay::is_verification_failure(done.error());
-          const ExitStatus status = report(done.error());
-          return differs ? ExitStatus::unverified : status;
+      for (std::size_t h = 0; h < all.size(); ++h) {
+        std::size_t at = first[h];
+        for (const std::string& target : arguments.targets) {
+          if (arguments.compare && !belongs(target, all[h])) continue;
+          auto done = run_one(trace, target, *hosts[h], *memory, arguments);
+          if (!done) {
+            const bool differs = replay::is_verification_failure(done.error());
+            const ExitStatus status = report(done.error());
+            return differs ? ExitStatus::unverified : status;
+          }
+          if (round == 0)
+            all[h].runs.push_back(*std::move(done));
+          else
+            replay::keep_fastest(all[h].runs[at], *std::move(done));
+          ++at;
         }
-        if (round == 0)
-          runs.push_back(*std::move(done));
-        else
-          replay::keep_fastest(runs[first + i], *std::move(done));
       }
     }
   }
-  if (arguments.json)
-    fmt::print("{}\n", replay_json(**host, runs, arguments.batch_max).dump(2));
-  else
-    fmt::print("{}", replay_text(**host, runs, arguments.batch_max));
+  print(all, arguments);
   return ExitStatus::ok;
 }
 
@@ -152,24 +184,28 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* const replay = app.add_subcommand("replay", "Replay traces through the engine, check and time it");
   replay->add_option("trace", arguments->traces, "Files that 'iovane trace import' wrote")->required();
-  replay
-      ->add_option(
-          "--backend", arguments->backend,
-          "auto (what 'iovane probe' picks, else model), stage1, iommufd, type1, type1-v1, compat, compat-v1, or the "
-          "software IOMMU imitating one: model, model:type1, ...")
-      ->capture_default_str();
+  CLI::Option* const backend =
+      replay
+          ->add_option("--backend", arguments->backends,
+                       "auto (what 'iovane probe' picks, else model), stage1, iommufd, type1, type1-v1, compat, "
+                       "compat-v1, or the software IOMMU imitating one: model, model:type1, ...; several, and a table "
+                       "puts them side by side")
+          ->delimiter(',')
+          ->allow_extra_args(false)
+          ->capture_default_str();
   replay->add_option("--device", arguments->device,
                      "PCI address of the device to attach (default: the first possible)");
-  replay
-      ->add_option("--baseline", arguments->targets,
-                   "What replays, several allowed: engine; engine-relaxed (unmaps deferred for at most 10 ms; with "
-                   "--no-verify, else every batch is flushed to be verified); event (one kernel call per event, no "
-                   "engine); leaf (one per "
-                   "4 KiB entry); event-copy and leaf-copy (the same sharing pins, iommufd)")
-      ->delimiter(',')
-      ->allow_extra_args(false)  // one word, so that a trace may follow it
-      ->check(CLI::IsMember({"engine", "engine-relaxed", "event", "leaf", "event-copy", "leaf-copy"}))
-      ->capture_default_str();
+  CLI::Option* const baseline =
+      replay
+          ->add_option("--baseline", arguments->targets,
+                       "What replays, several allowed: engine; engine-relaxed (unmaps deferred for at most 10 ms; with "
+                       "--no-verify, else every batch is flushed to be verified); event (one kernel call per event, no "
+                       "engine); leaf (one per "
+                       "4 KiB entry); event-copy and leaf-copy (the same sharing pins, iommufd)")
+          ->delimiter(',')
+          ->allow_extra_args(false)  // one word, so that a trace may follow it
+          ->check(CLI::IsMember({"engine", "engine-relaxed", "event", "leaf", "event-copy", "leaf-copy"}))
+          ->capture_default_str();
   replay
       ->add_option("--front-end", arguments->front_ends,
                    "Also replay as a guest's own IOMMU driver would, through these vIOMMU front ends: virtio-iommu "
@@ -194,9 +230,20 @@ void add_replay_command(CLI::App& app, std::function<ExitStatus()>& run) {
                    "Compare with the reference after every batch (default)");
   replay->add_flag("--measure,!--no-measure", arguments->measure,
                    "With auto and iommufd: measure this host's interfaces once per boot, and choose by it (default)");
+  replay->add_flag("--compare", arguments->compare,
+                   "Everything side by side, not verified: --backend iommufd,type1,auto, and as --baseline both loops, "
+                   "the engine strict and relaxed; either may be given");
   replay->add_flag("--stats", arguments->stats, "Publish the engine's counters, for 'iovane top' in another terminal");
   replay->add_flag("--json", arguments->json, "Print one JSON object");
-  replay->callback([&run, arguments] { run = [arguments] { return run_replay(*arguments); }; });
+  replay->callback([&run, arguments, backend, baseline] {
+    if (arguments->compare) {
+      arguments->verify = false;
+      if (backend->empty()) arguments->backends = {"iommufd", "type1", "auto"};
+      if (baseline->empty())
+        arguments->targets = {"leaf", "leaf-copy", "event", "event-copy", "engine", "engine-relaxed"};
+    }
+    run = [arguments] { return run_replay(*arguments); };
+  });
 }
 
 }  // namespace iovane::cli

@@ -153,9 +153,9 @@ struct CacheConfig {
   /// Misses are rounded to multiples of this where the memory allows, so that neighbours hit next time: a power of two
   /// from the granule to 1 GiB. Rounding pins, and lets devices reach, neighbouring memory of the process too.
   Bytes chunk{64 * 1024};
-  /// A miss that goes on where an earlier one's memory ended takes twice as much as that one did, up to this, for users
-  /// that walk through much memory in small buffers: a power of two from the chunk to 1 GiB and at most an eighth of
-  /// bytes_max. 0: always a chunk.
+  /// A miss that goes on where an earlier one's memory ended goes up to the next border of twice its size, up to this,
+  /// for users that walk through much memory in small buffers: a power of two from the chunk to 1 GiB and at most an
+  /// eighth of bytes_max. 0: always a chunk.
   Bytes chunk_max{0};
   Bytes bytes_max{~std::uint64_t{0}};    ///< kept pinned by this cache, beside PinLimits
   std::uint32_t regions_max = 1U << 20;  ///< mappings kept
