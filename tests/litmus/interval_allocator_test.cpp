@@ -3,11 +3,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <random>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "support/seed.hpp"
 #include "support/seeded_scheduler.hpp"
@@ -102,6 +105,42 @@ struct Scene {
     }
   }
 
+  // Runs of several slots, each a third live, and more of them free than their class may keep.
+  void populate() {
+    std::vector<IovaRange> all;
+    for (unsigned i = 0; i < 384; ++i) all.push_back(*allocator->allocate(Bytes{page}));
+    std::sort(all.begin(), all.end());
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (i % 3 == 0) {
+        ledger.enter(all[i]);
+      } else {
+        EXPECT_TRUE(allocator->free(all[i]));
+      }
+    }
+  }
+
+  // Frees so many that runs drain, and claims one range again and again.
+  void decline(std::uint64_t seed, unsigned frees) {
+    std::mt19937_64 random{seed};
+    const IovaRange fixed = pages(1 + random() % 2, 1);
+    for (unsigned i = 0; i < frees; ++i) {
+      if (const auto r = ledger.take_any(random())) {
+        const auto freed = allocator->free(*r);
+        EXPECT_TRUE(freed) << freed.error().message();
+      }
+      if (i % 6 != 0) continue;
+      const auto claimed = allocator->claim(fixed);
+      if (claimed) {
+        ledger.enter(fixed);
+        ledger.leave(fixed);
+        const auto freed = allocator->free(fixed);
+        EXPECT_TRUE(freed) << freed.error().message();
+      } else {
+        EXPECT_EQ(claimed.error().code, Errc::iova_busy) << claimed.error().message();
+      }
+    }
+  }
+
   void finish() {
     while (const auto r = ledger.take_any(0)) {
       const auto freed = allocator->free(*r);
@@ -170,6 +209,37 @@ TEST_P(IntervalAllocatorSchedules, LetOthersFinishWhileOneIsFrozen) {
   RecordProperty("frozen_at", names);
   EXPECT_GT(frozen_at.size(), 10U) << names;
 }
+
+class DecliningSchedules : public ::testing::TestWithParam<bool> {};
+
+TEST_P(DecliningSchedules, LetOthersFinishWhileOneIsFrozen) {
+  const bool magazines = GetParam();
+  const std::uint64_t seed = test::seed();
+  std::set<std::string> frozen_at;
+  for (std::uint64_t variant = 0; variant < threads; ++variant) {
+    for (std::uint64_t step = 1;; ++step) {
+      SCOPED_TRACE("variant " + std::to_string(variant) + ", step " + std::to_string(step));
+      Scene scene{4096, magazines};
+      scene.populate();
+      std::vector<std::function<void()>> work;
+      for (std::uint64_t t = 0; t < threads; ++t)
+        work.emplace_back(
+            [&scene, seed, variant, t, magazines] { scene.decline(seed * 31 + variant * 7 + t, magazines ? 22 : 7); });
+      test::SeededScheduler scheduler{seed + variant};
+      const auto report = scheduler.run(work, {.thread = variant, .at_step = step});
+      EXPECT_TRUE(report.others_finished) << "frozen at " << report.frozen_at;
+      frozen_at.insert(report.frozen_at);
+      scene.finish();
+      if (HasFailure()) return;
+      if (!report.froze) break;
+    }
+  }
+  for (const char* step : {"run.drain", "run.retire", "slot.settle", "claim.hinted"})
+    EXPECT_TRUE(frozen_at.contains(step)) << "no schedule froze a thread at " << step;
+}
+
+INSTANTIATE_TEST_SUITE_P(Levels, DecliningSchedules, ::testing::Values(true, false),
+                         [](const auto& level) { return std::string{level.param ? "magazines" : "shared"}; });
 
 INSTANTIATE_TEST_SUITE_P(Spaces, IntervalAllocatorSchedules,
                          ::testing::Values(std::pair{std::uint64_t{9}, true}, std::pair{std::uint64_t{70}, true},
