@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("names", nargs="*", metavar="NAME", help="programs (default: all)")
     run.add_argument("--out", type=Path, default=PROJECT / "build/bench-results", help="folder of the results")
     run.add_argument("--repetitions", type=_positive, default=3, help="runs of each, of which medians are kept (default 3)")
+    run.add_argument("--min-time", type=float, metavar="SECONDS", help="least time per row and repetition (default: the program's)")
     run.add_argument("--filter", default="", help="regular expression of benchmark names")
     run.add_argument("--as-built", dest="build_first", action="store_false", help="take the programs as they are")
     draw = commands.add_parser("chart", help="draw a result as SVG")
@@ -50,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--ours", default="^(?!.*(Baseline|Floor|Peer))", help="regular expression of the bars to colour")
     draw.add_argument("--title", default="", help="above the chart")
     pictures = commands.add_parser("figures", help="draw the comparisons that the documents show")
-    pictures.add_argument("folder", nargs="?", type=Path, default=PROJECT / "docs/benchmarks", help="recorded runs (default: docs/benchmarks)")
+    pictures.add_argument("folder", nargs="?", type=Path, default=PROJECT / "docs/benchmarks",
+                          help="recorded runs (default: docs/benchmarks)")
     return parser
 
 
@@ -69,7 +71,7 @@ def _run(options: argparse.Namespace) -> None:
     for number, name in enumerate(wanted, start=1):
         out = options.out / f"{name}.json"
         say(f"{number} of {len(wanted)}: {name}")
-        suites.run(known[name], out, facts, options.repetitions, options.filter)
+        suites.run(known[name], out, facts, options.repetitions, options.filter, options.min_time)
         say(f"wrote {out}")
 
 

@@ -16,13 +16,16 @@ def programs(build: Path) -> dict[str, Path]:
     return found
 
 
-def run(program: Path, out: Path, context: dict[str, str], repetitions: int, pattern: str) -> None:
+def run(program: Path, out: Path, context: dict[str, str], repetitions: int, pattern: str,
+        min_time: float | None) -> None:
     """Writes `out` whole or not at all. The host's name says nothing about it and is left out."""
     scratch = out.with_suffix(".part")
     command = [str(program), f"--benchmark_out={scratch}", "--benchmark_out_format=json",
                f"--benchmark_repetitions={repetitions}", "--benchmark_enable_random_interleaving=true"]
     if repetitions > 1:
         command.append("--benchmark_report_aggregates_only=true")
+    if min_time is not None:
+        command.append(f"--benchmark_min_time={min_time}")
     if pattern:
         command.append(f"--benchmark_filter={pattern}")
     # A comma would end the value, see --benchmark_context.
