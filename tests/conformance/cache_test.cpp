@@ -19,10 +19,7 @@
 
 #include "backends/uapi/iommufd.hpp"
 #include "backends/uapi/vfio.hpp"
-#include "conformance/conformance.hpp"
-#include "conformance/tapped_backend.hpp"
-#include "engine/engine_core.hpp"
-#include "iovane/engine.hpp"
+#include "conformance/engine_conformance.hpp"
 #include "support/seed.hpp"
 #include "support/syscall_counter.hpp"
 #if defined(IOVANE_TEST_TRACES)
@@ -34,41 +31,18 @@ namespace {
 
 using namespace iovane::literals;
 
-class CacheContract : public Conformance {
+class CacheContract : public EngineConformance {
  protected:
   void TearDown() override {
-    close();
+    close_space();
     Conformance::TearDown();
   }
-  void close() {
-    witness_.reset();
-    address_space_ = AddressSpace{};
-    engine_ = Engine{};
-  }
   void open_cache(CacheConfig config = {}) {
-    open_space();
+    open_space(*kernel_);
     if (HasFatalFailure()) return;
     config.ceiling = low_addresses;
     const auto opened = address_space_.open_cache(config);
     ASSERT_TRUE(opened) << opened.error().message();
-  }
-  void open_space() {
-    backend_.reset();
-    auto backend = open_backend(*kernel_, {.name = std::string{to_string(GetParam())}, .descriptor = {}});
-    ASSERT_TRUE(backend) << backend.error().message();
-    engine_ = EngineAccess::open(std::make_unique<TappedBackend>(*std::move(backend), inner_),
-                                 std::string{to_string(GetParam())});
-    auto space = engine_.create_address_space({});
-    ASSERT_TRUE(space) << space.error().message();
-    address_space_ = *std::move(space);
-    const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
-    ASSERT_TRUE(device) << device.error().message();
-    AttachedDevice attached;
-    attached.id = DeviceId{device->id};
-    attached.name = device->name;
-    attached.device_fd = device->device_fd;
-    witness_ = machine_->witness(*inner_, attached);
-    ASSERT_NE(witness_, nullptr);
   }
   MemoryLease acquire(std::span<std::byte> memory, Access access = Access::read_write) {
     auto lease = address_space_.acquire(MemoryPiece::of(memory), access);
@@ -92,10 +66,6 @@ class CacheContract : public Conformance {
 
   // The witness has a page of its own high up, of which the engine's allocator knows nothing.
   static constexpr Iova low_addresses{0xffff'ffff};
-
-  Engine engine_;
-  AddressSpace address_space_;
-  BackendSpace* inner_ = nullptr;
 };
 
 TEST_P(CacheContract, memory_seen_before_costs_no_kernel_call_and_is_right) {
@@ -336,12 +306,12 @@ TEST_P(CacheContract, populated_memory_is_registered_and_reported) {
         address_space_.register_memory({room, Bytes{bytes}, -1, 0}, {.progress = [](Bytes, Bytes) { return false; }});
     EXPECT_EQ(cancelled.error().code, Errc::cancelled);
   }
-  close();
+  close_space();
   ::munmap(room, bytes);
 }
 
 TEST_P(CacheContract, remapped_memory_is_seen_by_the_monitor) {
-  open_space();
+  open_space(*kernel_);
   if (HasFatalFailure()) return;
   const auto opened = address_space_.open_cache(
       {.chunk = Bytes{page_bytes()}, .ceiling = low_addresses, .staleness = Staleness::monitored_except_fork});
@@ -362,7 +332,7 @@ TEST_P(CacheContract, remapped_memory_is_seen_by_the_monitor) {
 
 // Every way in which an address can get another page, by raw system calls, with the device as the judge.
 TEST_P(CacheContract, no_change_of_memory_leaves_a_stale_page_under_the_monitor) {
-  open_space();
+  open_space(*kernel_);
   if (HasFatalFailure()) return;
   const auto opened = address_space_.open_cache(
       {.chunk = Bytes{page_bytes()}, .ceiling = low_addresses, .staleness = Staleness::monitored});
@@ -432,7 +402,7 @@ TEST_P(CacheContract, no_change_of_memory_leaves_a_stale_page_under_the_monitor)
 // A process that may not use userfaultfd learns it when it opens the cache, and is told what would allow it.
 TEST_P(CacheContract, opening_says_so_where_the_monitor_is_not_permitted) {
   if (::geteuid() != 0) GTEST_SKIP() << "needs root to become somebody who may not";
-  open_space();
+  open_space(*kernel_);
   if (HasFatalFailure()) return;
   int code = -1;
   std::string text;
@@ -518,7 +488,7 @@ TEST_P(CacheContract, memlock_of_64_KiB_of_0_and_unlimited) {
     if (limit.value != 0) {
       for (std::size_t i = 0; i < 64; ++i) EXPECT_TRUE(acquire(memory.page(i))) << "unused pins make room";
     }
-    close();
+    close_space();
   }
   restart({});
   open_cache({.chunk = Bytes{page_bytes()}});
@@ -592,7 +562,7 @@ TEST_P(CacheContract, closing_gives_every_pin_back_and_leases_may_end_later) {
   std::thread{[other = *std::move(portable)]() mutable { other.release(); }}.join();
   auto outliving = address_space_.acquire_portable(MemoryPiece::of(memory.page(2)));
   ASSERT_TRUE(outliving);
-  close();
+  close_space();
   EXPECT_EQ(machine_->kernel().memlock().pinned, pinned_before_);
   lease.release();
   outliving->release();

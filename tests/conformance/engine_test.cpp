@@ -8,15 +8,12 @@
 
 #include "backends/uapi/iommufd.hpp"
 #include "backends/uapi/vfio.hpp"
-#include "conformance/conformance.hpp"
-#include "conformance/tapped_backend.hpp"
-#include "engine/engine_core.hpp"
-#include "iovane/engine.hpp"
+#include "conformance/engine_conformance.hpp"
 
 namespace iovane::test {
 namespace {
 
-class EngineContract : public Conformance {
+class EngineContract : public EngineConformance {
  protected:
   void SetUp() override {
     Conformance::SetUp();
@@ -25,9 +22,7 @@ class EngineContract : public Conformance {
   }
   void TearDown() override {
     queue_ = Queue{};
-    witness_.reset();
-    address_space_ = AddressSpace{};
-    engine_ = Engine{};
+    close_space();
     failing_.reset();
     Conformance::TearDown();
   }
@@ -35,26 +30,10 @@ class EngineContract : public Conformance {
   /// An engine over this interface of `kernel`, an address space with the first device, a queue and a witness.
   void open_engine(LayoutPolicy layout, Kernel& kernel) {
     queue_ = Queue{};
-    witness_.reset();
-    address_space_ = AddressSpace{};
-    engine_ = Engine{};
-    backend_.reset();
-    auto backend = open_backend(kernel, {.name = std::string{to_string(GetParam())}, .descriptor = {}});
-    ASSERT_TRUE(backend) << backend.error().message();
-    engine_ = EngineAccess::open(std::make_unique<TappedBackend>(*std::move(backend), inner_), "under test");
     AddressSpaceConfig config;
     config.layout = layout;
-    auto space = engine_.create_address_space(config);
-    ASSERT_TRUE(space) << space.error().message();
-    address_space_ = *std::move(space);
-    const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
-    ASSERT_TRUE(device) << device.error().message();
-    AttachedDevice attached;
-    attached.id = DeviceId{device->id};
-    attached.name = device->name;
-    attached.device_fd = device->device_fd;
-    witness_ = machine_->witness(*inner_, attached);
-    ASSERT_NE(witness_, nullptr);
+    open_space(kernel, config);
+    if (HasFatalFailure()) return;
     auto queue = address_space_.open_queue();
     ASSERT_TRUE(queue) << queue.error().message();
     queue_ = *std::move(queue);
@@ -83,10 +62,7 @@ class EngineContract : public Conformance {
     return iommufd() ? uapi::iommufd::IoasUnmap::request : uapi::vfio::Type1DmaUnmap::request;
   }
 
-  Engine engine_;
-  AddressSpace address_space_;
   Queue queue_;
-  BackendSpace* inner_ = nullptr;
   std::optional<FailingKernel> failing_;
 };
 

@@ -3,16 +3,13 @@
 
 #include <memory>
 
-#include "conformance/conformance.hpp"
-#include "conformance/tapped_backend.hpp"
-#include "engine/engine_core.hpp"
-#include "iovane/engine.hpp"
+#include "conformance/engine_conformance.hpp"
 #include "viommu/engine_target.hpp"
 #include "viommu/guest_ram.hpp"
 
 namespace iovane::test {
 
-class FrontEndContract : public Conformance {
+class FrontEndContract : public EngineConformance {
  protected:
   static constexpr std::uint64_t tables_bytes = 4U << 20;
   static constexpr std::uint64_t ram_start = 16U << 20;
@@ -22,21 +19,8 @@ class FrontEndContract : public Conformance {
   void SetUp() override {
     Conformance::SetUp();
     if (HasFatalFailure() || IsSkipped()) return;
-    backend_.reset();
-    auto backend = open_backend(*kernel_, {.name = std::string{to_string(GetParam())}, .descriptor = {}});
-    ASSERT_TRUE(backend) << backend.error().message();
-    engine_ = EngineAccess::open(std::make_unique<TappedBackend>(*std::move(backend), inner_), "under test");
-    auto space = engine_.create_address_space();
-    ASSERT_TRUE(space) << space.error().message();
-    address_space_ = *std::move(space);
-    const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
-    ASSERT_TRUE(device) << device.error().message();
-    AttachedDevice attached;
-    attached.id = DeviceId{device->id};
-    attached.name = device->name;
-    attached.device_fd = device->device_fd;
-    witness_ = machine_->witness(*inner_, attached);
-    ASSERT_NE(witness_, nullptr);
+    open_space(*kernel_);
+    if (HasFatalFailure()) return;
     ASSERT_TRUE(guest_memory_.add(tables_.config()));
     ASSERT_TRUE(guest_memory_.add({ram_start, ram_.length(), ram_.data(), -1, 0, false}));
     auto target = viommu::EngineTarget::create(address_space_, guest_memory_);
@@ -45,9 +29,7 @@ class FrontEndContract : public Conformance {
   }
   void TearDown() override {
     target_.reset();
-    witness_.reset();
-    address_space_ = AddressSpace{};
-    engine_ = Engine{};
+    close_space();
     Conformance::TearDown();
   }
 
@@ -65,9 +47,6 @@ class FrontEndContract : public Conformance {
     return cannot_write(*witness_, Iova{iova(slot)}, guest_page(page));
   }
 
-  Engine engine_;
-  AddressSpace address_space_;
-  BackendSpace* inner_ = nullptr;
   viommu::GuestRam tables_{tables_bytes};
   Memory ram_{ram_pages};
   viommu::GuestMemory guest_memory_;
