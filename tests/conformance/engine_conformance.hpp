@@ -26,11 +26,14 @@ class EngineConformance : public Conformance {
     address_space_ = *std::move(space);
     const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
     ASSERT_TRUE(device) << device.error().message();
-    AttachedDevice attached;
-    attached.id = DeviceId{device->id};
-    attached.name = device->name;
-    attached.device_fd = device->device_fd;
-    witness_ = machine_->witness(*inner_, attached);
+    attached_.id = DeviceId{device->id};
+    attached_.name = device->name;
+    attached_.device_fd = device->device_fd;
+    restart_device();
+  }
+  /// Also after a reset, which takes memory decoding and bus mastering away.
+  void restart_device() {
+    witness_ = machine_->witness(*inner_, attached_);
     ASSERT_NE(witness_, nullptr);
   }
   void close_space() {
@@ -42,6 +45,7 @@ class EngineConformance : public Conformance {
   Engine engine_;
   AddressSpace address_space_;
   BackendSpace* inner_ = nullptr;
+  AttachedDevice attached_;
 };
 
 }  // namespace iovane::test

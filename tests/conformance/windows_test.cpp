@@ -3,46 +3,16 @@
 #include <optional>
 #include <vector>
 
-#include "conformance/conformance.hpp"
-#include "conformance/tapped_backend.hpp"
-#include "engine/engine_core.hpp"
-#include "iovane/engine.hpp"
+#include "conformance/engine_conformance.hpp"
 
 namespace iovane::test {
 namespace {
 
-class WindowContract : public Conformance {
+class WindowContract : public EngineConformance {
  protected:
   void TearDown() override {
-    close();
+    close_space();
     Conformance::TearDown();
-  }
-  void close() {
-    witness_.reset();
-    address_space_ = AddressSpace{};
-    engine_ = Engine{};
-  }
-  /// An address space with the first device and its witness.
-  void open_space(const AddressSpaceConfig& config = {}) {
-    close();
-    backend_.reset();
-    auto backend = Conformance::open();
-    ASSERT_NE(backend, nullptr);
-    engine_ = EngineAccess::open(std::make_unique<TappedBackend>(std::move(backend), inner_), "under test");
-    auto space = engine_.create_address_space(config);
-    ASSERT_TRUE(space) << space.error().message();
-    address_space_ = *std::move(space);
-    const auto device = address_space_.attach({.pci_address = machine_->devices().front()});
-    ASSERT_TRUE(device) << device.error().message();
-    attached_.id = DeviceId{device->id};
-    attached_.name = device->name;
-    attached_.device_fd = device->device_fd;
-    restart_device();
-  }
-  /// Also after a reset, which takes memory decoding and bus mastering away.
-  void restart_device() {
-    witness_ = machine_->witness(*inner_, attached_);
-    ASSERT_NE(witness_, nullptr);
   }
   static MapRequest request(Iova iova, std::span<std::byte> memory) {
     MapRequest map;
@@ -50,15 +20,10 @@ class WindowContract : public Conformance {
     map.placement = Placement::fixed(iova);
     return map;
   }
-
-  Engine engine_;
-  AddressSpace address_space_;
-  BackendSpace* inner_ = nullptr;
-  AttachedDevice attached_;
 };
 
 TEST_P(WindowContract, windows_come_and_go_while_the_address_space_lives) {
-  open_space();
+  open_space(*kernel_);
   if (HasFatalFailure()) return;
   const auto windows = address_space_.windows();
   if (!spapr()) {
@@ -102,14 +67,14 @@ TEST_P(WindowContract, windows_come_and_go_while_the_address_space_lives) {
   ASSERT_TRUE(address_space_.unmap(UnmapRequest::of(chosen.mapping)).ok());
 
   const Windows outlives = *windows;
-  close();
+  close_space();
   EXPECT_EQ(outlives.list().error().code, Errc::closed);
   EXPECT_EQ(outlives.create(wanted).error().code, Errc::closed);
 }
 
 TEST_P(WindowContract, a_window_with_cached_mappings_is_removed_when_nobody_uses_them) {
   if (!spapr_v2()) return;
-  open_space();
+  open_space(*kernel_);
   if (HasFatalFailure()) return;
   const auto windows = address_space_.windows();
   ASSERT_TRUE(windows);
@@ -131,7 +96,7 @@ TEST_P(WindowContract, a_caller_with_a_layout_of_its_own_may_mix_page_sizes) {
   if (!spapr_v2()) return;
   AddressSpaceConfig config;
   config.layout = LayoutPolicy::fixed;
-  open_space(config);
+  open_space(*kernel_, config);
   if (HasFatalFailure()) return;
   const auto windows = address_space_.windows();
   ASSERT_TRUE(windows);
@@ -149,7 +114,7 @@ TEST_P(WindowContract, a_caller_with_a_layout_of_its_own_may_mix_page_sizes) {
 
 TEST_P(WindowContract, a_device_is_reset_or_let_run_again_through_the_address_space) {
   if (!spapr()) return;
-  open_space();
+  open_space(*kernel_);
   if (HasFatalFailure()) return;
   auto recovery = address_space_.error_handling();
   if (!recovery) GTEST_SKIP() << "this platform offers no error handling: " << recovery.error().detail();
@@ -192,7 +157,7 @@ TEST_P(WindowContract, a_device_is_reset_or_let_run_again_through_the_address_sp
     EXPECT_TRUE(address_space_.unmap(UnmapRequest::of(at(other.value, 1))).ok());
   }
   const ErrorHandling outlives = *recovery;
-  close();
+  close_space();
   EXPECT_EQ(outlives.state().error().code, Errc::closed);
 }
 
