@@ -33,43 +33,9 @@ std::unique_ptr<model::ModelKernel> nesting_host(model::Nesting nesting, std::si
   return *model::ModelKernel::create(options);
 }
 
-struct Listed {
-  std::uint64_t iova, gpa, bytes;
-  bool writable;
-};
-
-// The leaves that the guest's kernel listed for each of its devices.
-std::map<std::string, std::vector<Listed>> listing(const VtdSnapshot& snapshot) {
-  std::map<std::string, std::vector<Listed>> out;
-  std::string device;
-  for_each_line(snapshot.text, [&](std::string_view line) {
-    if (line.substr(0, 7) == "Device ") {
-      device = line.substr(7, 12);
-    } else if (line.substr(0, 5) == "FILE ") {
-      device.clear();
-    } else if (!device.empty() && line.substr(0, 2) == "0x") {
-      std::istringstream fields{std::string{line}};
-      std::string field;
-      std::vector<std::uint64_t> numbers;
-      while (fields >> field)
-        if (field != "|") numbers.push_back(std::strtoull(field.c_str(), nullptr, 16));
-      const std::uint64_t bytes = std::uint64_t{1} << (12 + 9 * (6 - numbers.size()));
-      out[device].push_back({numbers.front() << 12, numbers.back() & 0x000f'ffff'ffff'f000 & ~(bytes - 1), bytes,
-                             (numbers.back() & 2) != 0});
-    }
-  });
-  return out;
-}
-
-std::uint16_t source_of(const std::string& device) {  // "0000:00:01.0"
-  return static_cast<std::uint16_t>(std::stoul(device.substr(5, 2), nullptr, 16) << 8 |
-                                    std::stoul(device.substr(8, 2), nullptr, 16) << 3 |
-                                    std::stoul(device.substr(11, 1), nullptr, 16));
-}
-
 TEST(VtdDirectTest, a_real_guests_tables_are_walked_as_they_lay_in_its_memory) {
   const VtdSnapshot snapshot{"vtd-snap-sm-3"};
-  const auto lists = listing(snapshot);
+  const auto lists = kernel_listing(snapshot, true);
   ASSERT_EQ(lists.size(), 3U);
   auto model = nesting_host(model::Nesting::vtd, lists.size());
   CountingKernel kernel{*model};
@@ -101,9 +67,9 @@ TEST(VtdDirectTest, a_real_guests_tables_are_walked_as_they_lay_in_its_memory) {
       EXPECT_FALSE(unit.needs_shadow(source_of(name)));
       model::SimulatedDevice& device = model->device(index++);
       for (std::size_t i = 0; i < list.size(); i += 1 + list.size() / 400) {
-        const Listed& leaf = list[i];
+        const Leaf& leaf = list[i];
         // A pattern in the guest's page, read by the device through the guest's own tables.
-        const std::uint64_t offset = leaf.bytes - 8;
+        const std::uint64_t offset = (std::uint64_t{1} << leaf.shift) - 8;
         const std::uint64_t before = snapshot.ram.load(leaf.gpa + offset);
         snapshot.ram.store(leaf.gpa + offset, 0x1234'5678'0000'0000 + i);
         std::array<std::byte, 8> bytes{};
@@ -111,7 +77,7 @@ TEST(VtdDirectTest, a_real_guests_tables_are_walked_as_they_lay_in_its_memory) {
         std::uint64_t value = 0;
         std::memcpy(&value, bytes.data(), 8);
         EXPECT_EQ(value, 0x1234'5678'0000'0000 + i);
-        EXPECT_EQ(device.dma_write(Iova{leaf.iova + offset}, bytes).ok(), leaf.writable);
+        EXPECT_EQ(device.dma_write(Iova{leaf.iova + offset}, bytes).ok(), may_write(leaf.access));
         snapshot.ram.store(leaf.gpa + offset, before);
         ++checked;
       }

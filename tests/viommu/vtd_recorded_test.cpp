@@ -14,19 +14,6 @@
 namespace iovane::viommu {
 namespace {
 
-struct Leaf {
-  std::uint64_t iova = 0;
-  unsigned shift = 12;
-  std::uint64_t gpa = 0;
-  Access access = Access::none;
-  bool operator==(const Leaf&) const = default;
-};
-
-std::ostream& operator<<(std::ostream& out, const Leaf& leaf) {
-  return out << std::hex << leaf.iova << '/' << std::dec << leaf.shift << " -> " << std::hex << leaf.gpa << " access "
-             << static_cast<int>(leaf.access);
-}
-
 struct Lister {
   const VtdEntryRules& rules;
   std::vector<Leaf> leaves;
@@ -46,41 +33,6 @@ struct Lister {
   }
   bool hole(const IovaRange&, VtdFault) { return true; }
 };
-
-// What the guest kernel's debugfs printed for one device: each line an address and the entries on the way to its leaf.
-std::map<std::string, std::vector<Leaf>> kernel_listing(const VtdSnapshot& snapshot, bool first_level) {
-  std::map<std::string, std::vector<Leaf>> out;
-  std::string device;
-  for_each_line(snapshot.text, [&](std::string_view line) {
-    if (line.substr(0, 7) == "Device ") {
-      device = line.substr(7, 12);
-    } else if (line.substr(0, 5) == "FILE ") {
-      device.clear();
-    } else if (!device.empty() && line.substr(0, 2) == "0x") {
-      std::istringstream fields{std::string{line}};
-      std::string field;
-      std::vector<std::uint64_t> numbers;
-      while (fields >> field)
-        if (field != "|") numbers.push_back(std::strtoull(field.c_str(), nullptr, 16));
-      // frame, PML5E, PML4E, PDPE [, PDE [, PTE]]
-      ASSERT_GE(numbers.size(), 4U) << line;
-      const auto level = static_cast<unsigned>(7 - numbers.size());
-      const std::uint64_t entry = numbers.back();
-      const unsigned shift = 12 + 9 * (level - 1);
-      const std::uint64_t gpa = entry & 0x000f'ffff'ffff'f000 & ~((std::uint64_t{1} << shift) - 1);
-      const auto access =
-          first_level ? ((entry & 2) != 0 ? Access::read_write : Access::read) : static_cast<Access>(entry & 3);
-      out[device].push_back({numbers.front() << 12, shift, gpa, access});
-    }
-  });
-  return out;
-}
-
-std::uint16_t source_of(const std::string& device) {  // "0000:00:01.0"
-  return static_cast<std::uint16_t>(std::stoul(device.substr(5, 2), nullptr, 16) << 8 |
-                                    std::stoul(device.substr(8, 2), nullptr, 16) << 3 |
-                                    std::stoul(device.substr(11, 1), nullptr, 16));
-}
 
 struct VtdSnapshotTest : ::testing::TestWithParam<const char*> {};
 
