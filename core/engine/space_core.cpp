@@ -98,7 +98,8 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
              .index = std::move(index),
              .memories = MemoryTable{config.memories_max},
              .counters = &counters_},
-      executor_{std::make_unique<BatchExecutor>(state_)} {
+      executor_{std::make_unique<BatchExecutor>(state_)},
+      interface_{state_.backend->facts().interface} {
   facts_.backend = engine_->backend_name();
   if (StatsPage* const page = engine_->stats_page()) {
     published_ = page->acquire(config_.name, facts_.backend);
@@ -221,8 +222,8 @@ Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
 }
 
 Result<void> SpaceCore::detach(std::uint32_t device_id) {
-  // A type1 container drops every mapping with its last device, so none may be handed out after that.
-  if (SpaceCache* const open = cache(); open != nullptr && facts_.backend.starts_with("type1")) open->drop_all();
+  // A container drops every mapping with its last device, so none may be handed out after that.
+  if (SpaceCache* const open = cache(); open != nullptr && backends::is_container(interface_)) open->drop_all();
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
@@ -241,6 +242,11 @@ Result<void> SpaceCore::release_device(backends::DeviceId device) {
   if (detached || detached.error().code != Errc::busy || !state_.index.empty()) return detached;
   if (const auto emptied = state_.backend->unmap_all(); !emptied) return emptied.error();
   return state_.backend->detach(device);
+}
+
+backends::MemlockUse SpaceCore::memlock_use() noexcept {
+  const LaneHold held{lane_};
+  return state_.closed ? backends::MemlockUse{} : state_.backend->headroom().memlock_use;
 }
 
 Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {

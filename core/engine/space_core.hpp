@@ -80,6 +80,9 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<void> recover(const std::function<Result<void>(backends::SpaprEeh&)>& call);
 
   Result<std::vector<IovaRange>> usable_ranges();
+  /// What the space is on, whatever the engine is called. Any thread, without the lane.
+  backends::Interface interface() const noexcept { return interface_; }
+  backends::MemlockUse memlock_use() noexcept;
   // space_devices.cpp.
   Result<GuestLayout> guest_layout();
   Result<std::vector<LayoutBreach>> check_layout();
@@ -148,6 +151,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again
   std::unique_ptr<DirtyLog> dirty_;                               // made by the first start_dirty_tracking()
   AddressSpaceFacts facts_;
+  const backends::Interface interface_;
   // Last: its mappings go before what carries them.
   std::mutex cache_lock_;  // open_cache() only
   std::unique_ptr<SpaceCache> cache_;
