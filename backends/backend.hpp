@@ -157,7 +157,7 @@ struct SpaceOptions {
 struct Headroom {
   std::optional<std::uint64_t> entries;  ///< further live mappings
   std::optional<Bytes> memlock;          ///< further pinned bytes under the limit; nothing when unlimited
-  MemlockUse memlock_use;                ///< the whole account
+  MemlockUse memlock_use{};              ///< the whole account
 };
 
 /// One I/O address space. Threads: execute() as Capability::parallel_map says, otherwise one thread at a time; all

@@ -11,11 +11,11 @@ namespace iovane::backends {
 /// memory of the process, iommufd to a count per user of which this process's part is visible as pinned memory.
 /// CAP_IPC_LOCK waives both.
 struct MemlockUse {
-  std::optional<Bytes> limit;       ///< RLIMIT_MEMLOCK's soft value; nothing when unlimited
-  std::optional<Bytes> hard_limit;  ///< what the process may raise it to by itself; nothing when unlimited
-  Bytes locked{};                   ///< VmLck of /proc/self/status
-  Bytes pinned{};                   ///< VmPin of /proc/self/status
-  bool exempt = false;              ///< CAP_IPC_LOCK is effective
+  std::optional<Bytes> limit{};       ///< RLIMIT_MEMLOCK's soft value; nothing when unlimited
+  std::optional<Bytes> hard_limit{};  ///< what the process may raise it to by itself; nothing when unlimited
+  Bytes locked{};                     ///< VmLck of /proc/self/status
+  Bytes pinned{};                     ///< VmPin of /proc/self/status
+  bool exempt = false;                ///< CAP_IPC_LOCK is effective
 };
 
 }  // namespace iovane::backends
