@@ -286,6 +286,7 @@ Result<std::vector<LayoutBreach>> SpaceCore::read_usable() {
 void SpaceCore::refresh_facts() {
   const backends::SpaceFacts& facts = state_.backend->facts();
   state_.granule = facts.granule;
+  state_.unmap_hole_max = facts.unmap_hole_max;
   state_.map_by_copy = has(facts.capabilities, backends::Capability::copy_reuses_pin);
   facts_.granule = facts.granule;
   facts_.page_sizes = facts.page_sizes;
