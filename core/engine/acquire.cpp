@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "base/error_text.hpp"
+#include "engine/out_of_memory.hpp"
 #include "engine/space_cache.hpp"
 #include "engine/space_core.hpp"
 #include "iovane/address_space.hpp"
@@ -22,7 +23,9 @@ Error no_cache() noexcept {
 
 }  // namespace
 
-Result<void> AddressSpace::open_cache(const CacheConfig& config) { return core_->open_cache(config); }
+Result<void> AddressSpace::open_cache(const CacheConfig& config) {
+  return engine::or_out_of_memory(Stage::open, [&] { return core_->open_cache(config); });
+}
 
 void MemoryLease::release_counted() noexcept { delete std::exchange(counted_, nullptr); }
 
