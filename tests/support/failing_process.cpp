@@ -105,9 +105,9 @@ int open(const char* path, int flags, ...) {
   return call_fails(EMFILE) ? -1 : next("open", real)(path, flags, mode);
 }
 
-int ftruncate(int fd, off_t length) noexcept {
-  static int (*real)(int, off_t) = nullptr;
-  return call_fails(ENOSPC) ? -1 : next("ftruncate", real)(fd, length);
+int posix_fallocate(int fd, off_t start, off_t length) {
+  static int (*real)(int, off_t, off_t) = nullptr;
+  return call_fails(ENOSPC) ? ENOSPC : next("posix_fallocate", real)(fd, start, length);
 }
 
 void* mmap(void* at, std::size_t length, int protection, int flags, int fd, off_t offset) noexcept {
