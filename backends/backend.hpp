@@ -80,6 +80,8 @@ struct SpaceFacts {
   Bytes granule{4096};            ///< smallest unit of IOVA and of memory
   std::uint64_t page_sizes = 0;   ///< bit n: IOPTEs of 2^n bytes are possible; 0 when unknown before an attach
   std::uint64_t entries_max = 0;  ///< live mappings that the kernel accepts; 0: no such limit
+  /// An unmap over unmapped granules that are wider than this costs more than a second unmap would.
+  Bytes unmap_hole_max{~std::uint64_t{0}};
   bool dirty_reads_whole_mappings = false;  ///< read_dirty() may not begin or stop inside a mapping
 };
 

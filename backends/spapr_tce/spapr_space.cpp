@@ -17,9 +17,6 @@ namespace {
 
 namespace uapi = backends::uapi::vfio;
 
-// An unmap call costs about what the kernel's walk over this many empty TCEs does (docs/SPAPR.md has the numbers).
-constexpr std::uint64_t hole_max = 8;
-
 /// Linux answers EINVAL or EPERM, by version.
 Error too_small_pages(int os_errno, std::uint64_t address, std::uint64_t page) noexcept {
   return base::fail(Errc::bad_memory, Stage::map, os_errno,

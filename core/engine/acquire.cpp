@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "base/error_text.hpp"
+#include "engine/out_of_memory.hpp"
 #include "engine/space_cache.hpp"
 #include "engine/space_core.hpp"
 #include "iovane/address_space.hpp"
@@ -38,7 +39,9 @@ pinning::PinningBackend charged_as(backends::Interface interface) noexcept {
 
 }  // namespace
 
-Result<void> AddressSpace::open_cache(const CacheConfig& config) { return core_->open_cache(config); }
+Result<void> AddressSpace::open_cache(const CacheConfig& config) {
+  return engine::or_out_of_memory(Stage::open, [&] { return core_->open_cache(config); });
+}
 
 void MemoryLease::release_counted() noexcept { delete std::exchange(counted_, nullptr); }
 
