@@ -109,12 +109,20 @@ void Stage1Space::execute(std::span<const BackendOp> ops, std::span<BackendOpRes
           settle(batch, ops, results, i);
         mapped = true;
         if (const std::uint64_t leaf = batch.run.leaf_for(op);
-            leaf != 0 && editor_->map_page(batch.session, op.range.start.value, leaf)) [[likely]]
+            leaf != 0 && batch.is_page_nearby(op.range) && editor_->map_page(batch.session, op.range.start.value, leaf))
+            [[likely]]
           results[i] = {{}, Bytes{page_bytes}};
         else
           results[i] = map(op, batch);
         break;
-      case OpKind::unmap: results[i] = unmap(op.range, batch); break;
+      case OpKind::unmap:
+        if (batch.is_page_nearby(op.range) && editor_->unmap_page(batch.session, op.range.start.value)) [[likely]] {
+          batch.pending.add(op.range);
+          results[i] = {{}, Bytes{page_bytes}};
+        } else {
+          results[i] = unmap(op.range, batch);
+        }
+        break;
       case OpKind::replace:
         results[i] = {base::fail(Errc::unsupported, Stage::map, 0,
                                  "the architecture forbids changing a valid entry to another; unmap and map again"),
@@ -196,6 +204,7 @@ BackendOpResult Stage1Space::map(const BackendOp& op, Batch& batch) noexcept {
   const IovaRange* const window = window_of(op.range);
   if (!aligned || op.access == Access::none || window == nullptr) [[unlikely]]
     return {map_error(EINVAL, op), {}};
+  batch.window = *window;
   std::uint64_t mark = 0;
   const auto address = intermediate(op, mark);
   if (!address) [[unlikely]]
@@ -207,7 +216,7 @@ BackendOpResult Stage1Space::map(const BackendOp& op, Batch& batch) noexcept {
     if (first_stage_.invalidate_after_map) [[unlikely]]
       batch.pending.add(op.range);
     else if (mark == 0)
-      batch.run.start(op.region, op.access, *window, regions_[op.region.value - 1]->staged.length().value,
+      batch.run.start(op.region, op.access, regions_[op.region.value - 1]->staged.length().value,
                       first_stage_.format.leaf(0, *address - op.memory, op.access, 0));
     return {{}, Bytes{written}};
   }
@@ -250,6 +259,7 @@ BackendOpResult Stage1Space::unmap(IovaRange range, Batch& batch) noexcept {
   for (const IovaRange& window : usable_) {
     const auto part = window.intersection(range);
     if (!part) continue;
+    batch.window = window;
     if (((part->start.value | (part->last.value + 1)) & (page_bytes - 1)) != 0)
       return {base::fail(Errc::would_bisect, Stage::unmap, EINVAL,
                          "an unmap of [{:#x}, {:#x}] would cut a granule of {} bytes", range.start.value,

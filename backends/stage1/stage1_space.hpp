@@ -49,7 +49,13 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
  private:
   struct Batch {
     explicit Batch(TableEditor& editor) noexcept : session{editor} {}
+    /// A page in the window where the operation before it was: what has a fast path.
+    bool is_page_nearby(IovaRange range) const noexcept {
+      return range.last.value - range.start.value == page_bytes - 1 && (range.start.value & (page_bytes - 1)) == 0 &&
+             window.contains(range);
+    }
     TableEditor::Session session;
+    IovaRange window{Iova{1}, Iova{0}};
     MapRun run;
     PendingRanges pending;
     OwnPins::Dying dying;

@@ -133,6 +133,22 @@ class TableEditor {
     return clear(session, root_, levels_ - 1, 0, range, cleared);
   }
 
+  /// unmap() of the one page at `iova`, where that takes nothing but the store. False, and nothing was done: the
+  /// session is in another table, nothing is mapped, or the leaf has a hint or memory of its own; unmap() sees to it.
+  bool unmap_page(Session& session, std::uint64_t iova) noexcept {
+    if (session.region_ != iova >> shift_of(1)) return false;
+    Entry& place = session.table_->entries[index_of(iova, 0)];
+    const std::uint64_t special = format_.hint_bit | TableFormat::own_pin_bit;
+    // relaxed: the range is ours, and only leaves with a hint are anybody else's business. One that is plain now never
+    // had the hint, or whoever loosened its group has invalidated what it said (I7).
+    if ((place.load(std::memory_order_relaxed) & (special | TableFormat::valid_bit)) != TableFormat::valid_bit)
+      return false;
+    base::yield_point("table_editor.clear");
+    place.store(0, std::memory_order_relaxed);  // relaxed: the invalidation that follows orders it
+    --session.change_;
+    return true;
+  }
+
   /// Whether nothing is mapped in `range`. Meaningful while nobody maps there.
   bool is_free(IovaRange range) noexcept {
     Session session{*this};
