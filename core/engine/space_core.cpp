@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/error_text.hpp"
+#include "engine/direct_batch.hpp"
 #include "engine/engine_core.hpp"
 #include "engine/out_of_memory.hpp"
 #include "engine/queue_core.hpp"
@@ -14,33 +15,6 @@ namespace iovane::engine {
 using base::fail;
 
 namespace {
-
-/// One operation of a caller that waits for it. Lives on that caller's stack.
-class SyncCall final : public LaneNode {
- public:
-  SyncCall(BatchExecutor& executor, const Operation& operation) noexcept
-      : LaneNode{Kind::work}, executor_{executor}, operation_{operation} {}
-
-  Completion wait(Lane& lane) noexcept {
-    lane.wait_for(done_);
-    return completion_;
-  }
-
- private:
-  base::OneShot* run(bool) noexcept override {
-    executor_.run_one(operation_, completion_);
-    return &done_;  // fired, the caller's frame, and with it this object, may be gone
-  }
-  base::OneShot* resume() noexcept override {
-    executor_.resume();
-    return &done_;
-  }
-
-  BatchExecutor& executor_;
-  const Operation& operation_;
-  Completion completion_;
-  base::OneShot done_;
-};
 
 Error check_bounds(const AddressSpaceConfig& config) noexcept {
   if (config.unmap == UnmapMode::strict) return {};
@@ -164,17 +138,19 @@ Result<std::unique_ptr<QueueCore>> SpaceCore::open_queue(const QueueConfig& conf
                 depth_max);
   try {
     const bool needs_worker = config.submit == SubmitMode::never_block || config.hand_over.value != 0;
-    // The second queue makes it possible that one thread serves another: from here on somebody can relieve it. Without
-    // a worker it is served all the same.
-    const bool wants_worker = queues_opened_.fetch_add(1, std::memory_order_relaxed) != 0;  // relaxed: a count
-    if (needs_worker || wants_worker) {
-      const auto started = start_worker();
-      if (!started && needs_worker) return started.error();
-    }
+    expect_company();
+    if (needs_worker)
+      if (const auto started = start_worker(); !started) return started.error();
     return std::make_unique<QueueCore>(shared_from_this(), config, needs_worker ? worker_ : nullptr);
   } catch (const std::bad_alloc&) {
     return fail(Errc::out_of_memory, Stage::open, 0, "no memory for a queue of depth {}", config.depth);
   }
+}
+
+void SpaceCore::expect_company() {
+  // The second one makes it possible that one thread serves another: from here on somebody can relieve it. Without a
+  // worker it is served all the same.
+  if (companions_.fetch_add(1, std::memory_order_relaxed) != 0) (void)start_worker();  // relaxed: a count
 }
 
 Error SpaceCore::closed_error() const noexcept {
@@ -182,9 +158,10 @@ Error SpaceCore::closed_error() const noexcept {
 }
 
 Completion SpaceCore::run_now(const Operation& operation) noexcept {
-  SyncCall call{*executor_, operation};
-  lane_.enter(call);
-  return call.wait(lane_);
+  Completion completion;
+  DirectBatch call{*this};
+  if (!call.submit({&operation, 1}, {&completion, 1})) (void)call.wait(std::chrono::nanoseconds{-1});
+  return completion;
 }
 
 Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {

@@ -51,6 +51,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
 
   /// Errors: invalid_argument, out_of_memory, and those of starting a worker where the queue needs one.
   Result<std::unique_ptr<QueueCore>> open_queue(const QueueConfig& config);
+  /// One who will submit again and again has come: a queue, or the owner of a DirectBatch.
+  void expect_company();
   Completion run_now(const Operation& operation) noexcept;
   Result<DeviceInfo> attach(const DeviceConfig& device);
   Result<void> detach(std::uint32_t device_id);
@@ -151,7 +153,7 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::unique_ptr<WorkerHeir> heir_;
   std::mutex pump_lock_;
   std::unique_ptr<PageFaultPump> pump_;
-  std::atomic<std::uint32_t> queues_opened_{0};
+  std::atomic<std::uint32_t> companions_{0};
   std::optional<SpaceLayout> layout_;  // made by create()
   DeviceNames device_names_;
   std::unique_ptr<DirtyLog> dirty_;  // made by the first start_dirty_tracking()
