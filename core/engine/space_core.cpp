@@ -5,7 +5,9 @@
 #include <utility>
 
 #include "base/error_text.hpp"
+#include "engine/direct_batch.hpp"
 #include "engine/engine_core.hpp"
+#include "engine/out_of_memory.hpp"
 #include "engine/queue_core.hpp"
 
 namespace iovane::engine {
@@ -13,33 +15,6 @@ namespace iovane::engine {
 using base::fail;
 
 namespace {
-
-/// One operation of a caller that waits for it. Lives on that caller's stack.
-class SyncCall final : public LaneNode {
- public:
-  SyncCall(BatchExecutor& executor, const Operation& operation) noexcept
-      : LaneNode{Kind::work}, executor_{executor}, operation_{operation} {}
-
-  Completion wait(Lane& lane) noexcept {
-    lane.wait_for(done_);
-    return completion_;
-  }
-
- private:
-  base::OneShot* run(bool) noexcept override {
-    executor_.run_one(operation_, completion_);
-    return &done_;  // fired, the caller's frame, and with it this object, may be gone
-  }
-  base::OneShot* resume() noexcept override {
-    executor_.resume();
-    return &done_;
-  }
-
-  BatchExecutor& executor_;
-  const Operation& operation_;
-  Completion completion_;
-  base::OneShot done_;
-};
 
 Error check_bounds(const AddressSpaceConfig& config) noexcept {
   if (config.unmap == UnmapMode::strict) return {};
@@ -98,7 +73,8 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
              .index = std::move(index),
              .memories = MemoryTable{config.memories_max},
              .counters = &counters_},
-      executor_{std::make_unique<BatchExecutor>(state_)} {
+      executor_{std::make_unique<BatchExecutor>(state_)},
+      interface_{state_.backend->facts().interface} {
   facts_.backend = engine_->backend_name();
   if (StatsPage* const page = engine_->stats_page()) {
     published_ = page->acquire(config_.name, facts_.backend);
@@ -162,17 +138,19 @@ Result<std::unique_ptr<QueueCore>> SpaceCore::open_queue(const QueueConfig& conf
                 depth_max);
   try {
     const bool needs_worker = config.submit == SubmitMode::never_block || config.hand_over.value != 0;
-    // The second queue makes it possible that one thread serves another: from here on somebody can relieve it. Without
-    // a worker it is served all the same.
-    const bool wants_worker = queues_opened_.fetch_add(1, std::memory_order_relaxed) != 0;  // relaxed: a count
-    if (needs_worker || wants_worker) {
-      const auto started = start_worker();
-      if (!started && needs_worker) return started.error();
-    }
+    expect_company();
+    if (needs_worker)
+      if (const auto started = start_worker(); !started) return started.error();
     return std::make_unique<QueueCore>(shared_from_this(), config, needs_worker ? worker_ : nullptr);
   } catch (const std::bad_alloc&) {
     return fail(Errc::out_of_memory, Stage::open, 0, "no memory for a queue of depth {}", config.depth);
   }
+}
+
+void SpaceCore::expect_company() {
+  // The second one makes it possible that one thread serves another: from here on somebody can relieve it. Without a
+  // worker it is served all the same.
+  if (companions_.fetch_add(1, std::memory_order_relaxed) != 0) (void)start_worker();  // relaxed: a count
 }
 
 Error SpaceCore::closed_error() const noexcept {
@@ -180,9 +158,10 @@ Error SpaceCore::closed_error() const noexcept {
 }
 
 Completion SpaceCore::run_now(const Operation& operation) noexcept {
-  SyncCall call{*executor_, operation};
-  lane_.enter(call);
-  return call.wait(lane_);
+  Completion completion;
+  DirectBatch call{*this};
+  if (!call.submit({&operation, 1}, {&completion, 1})) (void)call.wait(std::chrono::nanoseconds{-1});
+  return completion;
 }
 
 Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
@@ -202,8 +181,9 @@ Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();  // what counts against the new device's holes is what is live
   const backends::DeviceSource source{device.pci_address, device.cdev_fd, device.group_fd};
+  DeviceNames::node_type named = named_device(source);  // so that nothing can fail after the backend has it
   if (const auto expected = expect_device(source); !expected) return expected.error();
-  auto attached = state_.backend->attach(source);
+  auto attached = or_out_of_memory(Stage::attach, [&] { return state_.backend->attach(source); });
   if (!attached) {
     layout_->forget(name_of(source));
     return attached.error();
@@ -216,13 +196,13 @@ Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
                 attached->name, refreshed.error().detail());
   }
   refresh_facts();
-  device_names_[attached->id.value] = source;
+  name_device(std::move(named), attached->id);
   return DeviceInfo{attached->id.value, std::move(attached->name), attached->device_fd, std::move(attached->reserved)};
 }
 
 Result<void> SpaceCore::detach(std::uint32_t device_id) {
-  // A type1 container drops every mapping with its last device, so none may be handed out after that.
-  if (SpaceCache* const open = cache(); open != nullptr && facts_.backend.starts_with("type1")) open->drop_all();
+  // A container drops every mapping with its last device, so none may be handed out after that.
+  if (SpaceCache* const open = cache(); open != nullptr && backends::is_container(interface_)) open->drop_all();
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
@@ -232,7 +212,19 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
     device_names_.erase(known);
   }
   refresh_facts();
-  return refresh_usable();
+  (void)refresh_usable();  // a device less takes nothing away; what cannot be read now is read with the next one
+  return {};
+}
+
+SpaceCore::DeviceNames::node_type SpaceCore::named_device(const backends::DeviceSource& source) {
+  DeviceNames one;
+  one.emplace(0, source);
+  return one.extract(one.begin());
+}
+
+void SpaceCore::name_device(DeviceNames::node_type named, backends::DeviceId id) noexcept {
+  named.key() = id.value;
+  device_names_.insert(std::move(named));
 }
 
 // Where the kernel's answer to an unmap was lost, the backend may count as mapped what the index knows to be gone.
@@ -243,6 +235,11 @@ Result<void> SpaceCore::release_device(backends::DeviceId device) {
   return state_.backend->detach(device);
 }
 
+backends::MemlockUse SpaceCore::memlock_use() noexcept {
+  const LaneHold held{lane_};
+  return state_.closed ? backends::MemlockUse{} : state_.backend->headroom().memlock_use;
+}
+
 Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
@@ -250,11 +247,12 @@ Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {
 }
 
 Result<void> SpaceCore::refresh_usable() {
-  const auto breaches = read_usable();
+  const auto breaches = or_out_of_memory(Stage::attach, [&] { return read_usable(); });
   if (!breaches) return breaches.error();
   if (breaches->empty()) return {};
-  return fail(Errc::iova_reserved, Stage::attach, 0, "{}{}", breaches->front().text,
-              breaches->size() == 1 ? "" : fmt::format("; and {} more like this", breaches->size() - 1));
+  if (breaches->size() == 1) return fail(Errc::iova_reserved, Stage::attach, 0, "{}", breaches->front().text);
+  return fail(Errc::iova_reserved, Stage::attach, 0, "{}; and {} more like this", breaches->front().text,
+              breaches->size() - 1);
 }
 
 Result<std::vector<LayoutBreach>> SpaceCore::read_usable() {
@@ -286,6 +284,7 @@ Result<std::vector<LayoutBreach>> SpaceCore::read_usable() {
 void SpaceCore::refresh_facts() {
   const backends::SpaceFacts& facts = state_.backend->facts();
   state_.granule = facts.granule;
+  state_.unmap_hole_max = facts.unmap_hole_max;
   state_.map_by_copy = has(facts.capabilities, backends::Capability::copy_reuses_pin);
   facts_.granule = facts.granule;
   facts_.page_sizes = facts.page_sizes;

@@ -16,8 +16,10 @@
 #include "backends/kernel_decorators.hpp"
 #include "backends/model/model_kernel.hpp"
 #include "backends/open.hpp"
+#include "engine/direct_batch.hpp"
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
+#include "support/workload_memory.hpp"
 
 namespace iovane {
 namespace {
@@ -25,11 +27,6 @@ namespace {
 using namespace std::chrono_literals;
 using backends::model::ModelKernel;
 using backends::model::ModelUsage;
-
-constexpr std::uint64_t page = 4096;
-constexpr std::uint64_t base_iova = 0x1000'0000;
-constexpr std::size_t window_pages = 48;
-constexpr std::size_t memory_pages = 32;
 
 bool on_thread(char kind) {
   std::array<char, 16> name{};
@@ -69,27 +66,8 @@ struct Sweep {
   bool understudy_dies_too;
 };
 
-class WorkerDeath : public ::testing::TestWithParam<Sweep> {
+class WorkerDeath : public ::testing::TestWithParam<Sweep>, protected test::WorkloadMemory {
  protected:
-  WorkerDeath() : memory_((memory_pages + 1) * page) {
-    auto start = reinterpret_cast<std::uintptr_t>(memory_.data());
-    pages_ = reinterpret_cast<std::byte*>((start + page - 1) & ~(page - 1));
-    for (std::size_t p = 0; p < memory_pages; ++p)
-      for (std::size_t i = 0; i < page; ++i) pages_[p * page + i] = static_cast<std::byte>(p + 1);
-  }
-  static IovaRange at(std::uint64_t first, std::uint64_t count = 1) {
-    return *IovaRange::from_length(Iova{base_iova + first * page}, Bytes{count * page});
-  }
-  MemoryPiece memory(std::size_t first, std::size_t count = 1) const {
-    return MemoryPiece::at(pages_ + first * page, Bytes{count * page});
-  }
-  MapRequest request(std::uint64_t where, MemoryPiece piece) const {
-    MapRequest map;
-    map.memory = piece;
-    map.placement = Placement::fixed(at(where).start);
-    return map;
-  }
-
   void open(backends::Kernel& kernel) {
     engine_ = EngineAccess::open(*backends::open_backend(kernel, {.name = GetParam().interface}), "model",
                                  {.understudy = GetParam().understudy});
@@ -159,27 +137,15 @@ class WorkerDeath : public ::testing::TestWithParam<Sweep> {
   }
 
   void index_and_kernel_agree() {
-    for (std::uint64_t p = 0; p < window_pages; ++p) {
-      const auto info = space_.find(at(p).start);
-      std::array<std::byte, 1> seen{};
-      const auto read = kernel_->device(0).dma_read(at(p).start, seen);
-      EXPECT_EQ(info.has_value(), read.ok()) << "page " << p;
-      if (info && !info->memory.memory && read.ok() && info->range.length().value == page) {
-        EXPECT_EQ(seen[0], *reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(info->memory.offset)));
-      }
-    }
+    expect_agreement(space_, kernel_->device(0));
     EXPECT_EQ(space_.stats().quarantined_mappings, 0U);
   }
 
   void all_is_usable_again() {
     EXPECT_TRUE(space_.unmap_all());
     EXPECT_EQ(kernel_->usage().pinned.value, 0U) << "pins leaked";
-    for (std::uint64_t p = 0; p < window_pages; ++p) {
-      const Completion again = space_.map(request(p, memory(p % memory_pages)));
-      EXPECT_TRUE(again.ok()) << "page " << p << ": " << again.error.message();
-    }
+    expect_usable(space_, kernel_->device(0));
     index_and_kernel_agree();
-    EXPECT_EQ(space_.unmap(UnmapRequest::of(at(0, window_pages))).bytes.value, window_pages * page);
   }
 
   std::unique_ptr<ModelKernel> kernel_;
@@ -188,8 +154,6 @@ class WorkerDeath : public ::testing::TestWithParam<Sweep> {
   Memory registered_;
   Queue queue_;
   unsigned refused_ = 0;
-  std::vector<std::byte> memory_;
-  std::byte* pages_ = nullptr;
 };
 
 TEST_P(WorkerDeath, InAnyKernelCallLosesNothing) {
@@ -219,6 +183,74 @@ TEST_P(WorkerDeath, InAnyKernelCallLosesNothing) {
     }
     EXPECT_GT(n, 5U) << "the sweep reached hardly anything";
     std::printf("%s: %llu deaths\n", GetParam().name, static_cast<unsigned long long>(n - 1));
+  }
+}
+
+/// Lets the worker's first call wait, so that others find it at work.
+class GatedKernel final : public backends::KernelDecorator {
+ public:
+  using KernelDecorator::KernelDecorator;
+  long ioctl(int fd, unsigned long request, void* argument) noexcept override {
+    if (on_thread('w') && closed.load(std::memory_order_acquire)) {
+      reached.store(true, std::memory_order_release);
+      while (closed.load(std::memory_order_acquire)) std::this_thread::yield();
+    }
+    return inner().ioctl(fd, request, argument);
+  }
+  std::atomic<bool> closed{true};
+  std::atomic<bool> reached{false};
+};
+
+// The batch of another thread waits for the worker's lane, or is what the worker is executing.
+TEST_P(WorkerDeath, TakesNoDirectBatchAlong) {
+#ifdef IOVANE_SANITIZED
+  GTEST_SKIP() << "sanitizers do not bear a thread that ends by system call";
+#endif
+  for (const auto when : {DeadlyKernel::When::before_call, DeadlyKernel::When::after_call}) {
+    std::uint64_t n = 0;
+    for (bool fired = true; fired;) {
+      ++n;
+      ASSERT_LT(n, 100U) << "the sweep does not end";
+      SCOPED_TRACE(::testing::Message() << "call " << n << (when == DeadlyKernel::When::after_call ? ", done" : ""));
+      kernel_ = *ModelKernel::create();
+      DeadlyKernel deadly{*kernel_, n, when, GetParam().understudy_dies_too};
+      GatedKernel gated{deadly};
+      open(gated);
+      auto core = engine::DirectBatch::join(space_);
+      std::array<Completion, 300> done;
+      std::vector<engine::Operation> operations;
+      for (std::uint64_t p = 8; p < 20; ++p) operations.emplace_back(request(p, memory(p)));
+      operations.emplace_back(UnmapRequest::of(at(8, 4)));
+      operations.emplace_back();                                   // a fence
+      while (operations.size() != 300) operations.emplace_back();  // into a second slice
+      operations.back() = engine::Operation{request(30, memory(30))};
+      {
+        engine::DirectBatch batch{*core};
+        stage(request(0, memory(0)));
+        queue_.submit();
+        while (!gated.reached.load(std::memory_order_acquire)) std::this_thread::yield();
+        ASSERT_FALSE(batch.submit(operations, done));
+        gated.closed.store(false, std::memory_order_release);
+        ASSERT_TRUE(batch.wait(20s)) << "the batch was lost";
+        std::size_t failures = 0;
+        for (const Completion& c : done) failures += c.ok() ? 0 : 1;
+        EXPECT_EQ(batch.failures(), failures);
+        EXPECT_LE(failures, 2U) << "one may be given up, and what was to unmap it";
+      }
+      std::array<Completion, 1> first;
+      ASSERT_EQ(queue_.wait(first, 1, 20s), 1U);
+      core.reset();
+      registered_ = Memory{};
+      fired = deadly.fired;
+      index_and_kernel_agree();
+      all_is_usable_again();
+      queue_ = Queue{};
+      space_ = AddressSpace{};
+      engine_ = Engine{};
+      EXPECT_EQ(kernel_->usage(), ModelUsage{}) << "something was left behind";
+      if (HasFailure()) return;
+    }
+    EXPECT_GT(n, 5U) << "the sweep reached hardly anything";
   }
 }
 
