@@ -11,6 +11,7 @@
 
 #include "backends/system_kernel.hpp"
 #include "conformance/edu_witness.hpp"
+#include "conformance/phb4_freeze.hpp"
 
 namespace iovane::test {
 namespace {
@@ -63,6 +64,8 @@ class LabMachine final : public Machine {
   std::unique_ptr<Witness> witness(BackendSpace& space, const AttachedDevice& device) override {
     return make_edu_witness(kernel_, space, device);
   }
+  bool freeze(BackendSpace&, const AttachedDevice& device) override { return freeze_in_phb4(device.name); }
+  bool frozen_device_is_stopped() const override { return false; }
 
  private:
   std::unique_ptr<MemlockLimit> memlock_;

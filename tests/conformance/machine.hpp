@@ -22,6 +22,10 @@ class Machine {
   virtual std::unique_ptr<Witness> witness(backends::BackendSpace& space, const backends::AttachedDevice& device) = 0;
   /// Before the process exchanges the pages behind `memory`: a kernel's pins keep the old ones by themselves.
   virtual void pages_leave(std::span<std::byte> /*memory*/) {}
+  /// Stops the device, registers and DMA, as its bridge does on an error (EEH); false where that cannot be had.
+  virtual bool freeze(backends::BackendSpace& space, const backends::AttachedDevice& device) = 0;
+  /// QEMU's bridge keeps the state of a frozen device and lets its DMA pass.
+  virtual bool frozen_device_is_stopped() const = 0;
 };
 
 struct MachineOptions {

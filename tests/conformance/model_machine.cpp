@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "backends/model/model_kernel.hpp"
+#include "backends/spapr_tce/spapr_control.hpp"
 
 namespace iovane::test {
 namespace {
@@ -42,6 +43,11 @@ class ModelMachine final : public Machine {
     auto* const found = kernel_->device(device.name);
     return found != nullptr ? std::make_unique<ModelWitness>(*found) : nullptr;
   }
+  bool freeze(BackendSpace& space, const AttachedDevice&) override {
+    SpaprEeh* const eeh = space.spapr() != nullptr ? space.spapr()->eeh() : nullptr;
+    return eeh != nullptr && eeh->inject({.wide = false, .function = 4, .address = 0, .mask = 0});
+  }
+  bool frozen_device_is_stopped() const override { return true; }
   void pages_leave(std::span<std::byte> memory) override { kernel_->pages_leave(memory.data(), memory.size()); }
 
  private:

@@ -14,7 +14,7 @@ add_dependencies(tests_lab conformance_test papr_log)
 function(iovane_power_test name machine label program)
   cmake_parse_arguments(arg "" "" "WORDS;FOR" ${ARGN})
   add_test(NAME lab.${name}.${machine}
-    COMMAND ${PROJECT_SOURCE_DIR}/tools/lab run --arch ppc64le --machine ${machine} --timeout 900
+    COMMAND ${PROJECT_SOURCE_DIR}/tools/lab run --arch ppc64le --machine ${machine} --timeout 1700
             ${arg_WORDS} -- $<TARGET_FILE:${program}> ${arg_FOR})
   set_tests_properties(lab.${name}.${machine} PROPERTIES LABELS ${label} TIMEOUT 1800)
 endfunction()

@@ -76,7 +76,8 @@ def apt_options(suite: Suite) -> list[str]:
 def update(suite: Suite) -> None:
     say(f"reading Debian's package list of {suite.name}, {suite.architecture}")
     with cache.lock(f"apt+{suite.name}-{suite.architecture}"):
-        _insist(["apt-get", "-q", *apt_options(suite), "update"])
+        # Without the mode apt takes an index that it could not fetch for no error, and lacks packages later.
+        _insist(["apt-get", "-q", *apt_options(suite), "-oAPT::Update::Error-Mode=any", "update"])
 
 
 def newest(pattern: str, suite: Suite) -> str:
