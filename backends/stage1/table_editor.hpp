@@ -31,14 +31,9 @@
 //   anybody who parked and invalidated after he had seen none of the sixteen hinted, without a tag against ABA.
 // Linearization: map, the store of each entry; unmap, the store of 0; entering, the exchange that counts; leaving a
 //   place, the exchange of 0 for dead.
-// Edges: R.entry / A.entry - an entry that leads to a table is stored with release and loaded with acquire (the
-//   device's walker is ordered by its own address dependency), so whoever follows a pointer finds a complete table.
-//   R.users / A.users - what a session stored in a table happened before whoever finds it empty.
-// E1. A leaf of level 0 is stored relaxed: no thread reads memory through it. A device may, but what it finds there is
-//   promised only once the map has completed, and the caller's barrier before that (one for a batch) orders the
-//   entries, and what was written to the memory before them, before whatever tells the device. A device that strays in
-//   earlier reads what was mapped, no matter how old. Against others of the same group: I6, the order of the sixteen
-//   does not matter; whoever loosens them does so for an unmap, which comes after the map in the caller's order.
+// Edges: R.entry / A.entry - an entry's store is a release and a walk's load an acquire (the device's walker is ordered
+//   by its own address dependency), so whoever follows a pointer finds a complete table. R.users / A.users - what a
+//   session stored in a table happened before whoever finds it empty.
 // Failure and undo: map() checks that everything is free before it writes; if tables run out in the middle it says how
 //   far it came and the caller unmaps that. A failed invalidation leaves everything as it was, but for a group that
 //   lost its hint: its leaves stay parked, so that the device faults on them, until an unmap that touches the group
@@ -113,7 +108,7 @@ class TableEditor {
     Entry& place = session.table_->entries[index_of(iova, 0)];
     // relaxed: nothing is read through it. The place is ours.
     if (place.load(std::memory_order_relaxed) != 0) return false;
-    place.store(leaf, std::memory_order_relaxed);  // relaxed: E1
+    place.store(leaf, std::memory_order_release);  // R.entry - as in map()
     ++session.change_;
     return true;
   }
