@@ -332,8 +332,6 @@ Result<std::size_t> Stage1Space::read_fault_records(std::span<FaultRecord> out) 
   return taken;
 }
 
-Headroom Stage1Space::headroom() noexcept {
-  return {.entries = std::nullopt, .memlock = memlock_left(shared_.kernel(), MemlockAccount::user_pinned)};
-}
+Headroom Stage1Space::headroom() noexcept { return memlock_headroom(shared_.kernel(), MemlockAccount::user_pinned); }
 
 }  // namespace iovane::backends::stage1
