@@ -81,6 +81,8 @@ TEST(ProbeTest, auto_prefers_stage1_where_the_iommu_nests) {
     EXPECT_EQ(host->choice, Interface::stage1) << host->why;
     EXPECT_NE(host->why.find("store"), std::string::npos) << host->why;
     EXPECT_TRUE(report_of(*host, Interface::stage1).usable) << report_of(*host, Interface::stage1).reason;
+    EXPECT_EQ(report_of(*host, Interface::stage1).extensions,
+              (std::vector<std::string>{"Arm SMMUv3", "fault records"}));
     EXPECT_TRUE(std::any_of(host->parity.begin(), host->parity.end(), [](const ParityLine& l) {
       return l.capability == Capability::map_is_store && l.stage1 && !l.iommufd;
     }));
