@@ -139,6 +139,10 @@ void require_nesting(Kernel& kernel, InterfaceReport& report, const std::vector<
     const auto attached = (*space)->attach({.pci_address = device.pci.address});
     report.usable = attached.has_value();
     report.reason = attached ? "" : attached.error().detail();
+    if (attached) {
+      report.extensions.push_back(attached->iommu);
+      if ((*space)->fault_record_fd() >= 0) report.extensions.emplace_back("fault records");
+    }
     if (attached || attached.error().code != Errc::busy) break;
   }
   if (!report.usable)

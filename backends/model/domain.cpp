@@ -44,8 +44,7 @@ std::int64_t Domain::unmap(IovaRange range) noexcept {
 }
 
 void Domain::invalidate(IovaRange range, bool tables) noexcept {
-  // E.epoch - pairs with enter_walk(): either the announcement is visible below or the edit was visible to the walk.
-  epoch_.fetch_add(1, std::memory_order_acq_rel);
+  base::full_barrier();  // pairs with enter_walk(): the announcement is visible below, or the edit is to the walk
   for (SimulatedDevice* device : devices_) device->invalidate(range, tables);
   // Their addresses are not this domain's: everything goes, as hardware that tags by VMID does it.
   for (Domain* nested : nested_) nested->invalidate(IovaRange::everything());

@@ -4,10 +4,11 @@
 // Invariant. When invalidate() returns, no device of this domain uses a translation of that range that was read before
 //   the owner's last edit: none is cached and no transfer through one is still moving bytes. That is what an IOMMU's
 //   invalidation with drain promises, and what makes a strict unmap final.
-// Edges. A device announces itself (`may_hold_`) and then does an RMW on `epoch_`; the owner edits the table, does an
-//   RMW on `epoch_`, and then looks at the announcements. RMWs of one object are totally ordered: if the device's came
-//   first, the owner sees its announcement and waits on its mutex; if the owner's came first, the device's walk sees
-//   the edit. (E.epoch: acq_rel on both sides.)
+//   A nested domain is also invalidated by those who write its tables, several at a time: they only have to keep
+//   devices from coming and going meanwhile.
+// Edges. A device announces itself (`may_hold_`) and then passes a full barrier; the owner edits the table, passes a
+//   full barrier, and then looks at the announcements. Barriers are totally ordered: if the device's came first, the
+//   owner sees its announcement and waits on its mutex; if the owner's came first, the device's walk sees the edit.
 #pragma once
 
 #include <atomic>
@@ -19,6 +20,7 @@
 #include "backends/model/options.hpp"
 #include "backends/model/page_table.hpp"
 #include "backends/model/spapr_windows.hpp"
+#include "base/asymmetric_barrier.hpp"
 
 namespace iovane::backends::model {
 
@@ -72,10 +74,7 @@ class Domain {
   void forget(SimulatedDevice& device) noexcept;
 
   /// Device: orders its announcement before its walk.
-  void enter_walk() noexcept {
-    // E.epoch - pairs with invalidate(), see above.
-    epoch_.fetch_add(1, std::memory_order_acq_rel);
-  }
+  static void enter_walk() noexcept { base::full_barrier(); }
   /// `known`: what the device remembers of a first stage for this address; comes back as what this walk used.
   Translation walk(Iova address, FirstStage::Walk& known) const noexcept {
     if (parent_ != nullptr) return first_stage_.walk(parent_->table_, address, known);
@@ -101,7 +100,6 @@ class Domain {
   const std::shared_ptr<EventPort> events_;
   std::vector<Domain*> nested_;
   std::vector<SimulatedDevice*> devices_;
-  std::atomic<std::uint64_t> epoch_{0};
   std::atomic<bool> dirty_tracking_{false};
 };
 

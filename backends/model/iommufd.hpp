@@ -1,7 +1,8 @@
 // /dev/iommu: the iommufd interface over the software IOMMU.
 //
 // Objects live in one table of ids per open file. IOASes are found without a lock, because every map and unmap does;
-// all other objects, and every change of the table, are under the context's mutex.
+// all other objects, and every change of the table, are under the context's gate. Invalidations of nested tables enter
+// it together, as they do in the kernel; everything else alone.
 #pragma once
 
 #include <array>
@@ -10,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <shared_mutex>
 #include <vector>
 
 #include "backends/model/argument.hpp"
@@ -18,6 +20,7 @@
 #include "backends/model/file.hpp"
 #include "backends/model/host.hpp"
 #include "backends/model/ioas.hpp"
+#include "backends/model/shared_gate.hpp"
 #include "backends/uapi/iommufd.hpp"
 #include "backends/uapi/vfio.hpp"
 
@@ -193,7 +196,7 @@ class IommufdFile final : public File {
   Ledger compat_ledger() const noexcept { return host_.accounting.ipc_lock() ? Ledger::none : Ledger::process; }
 
   Host& host_;
-  mutable std::mutex mutex_;
+  mutable SharedGate mutex_;
   std::array<std::atomic<IdBlock*>, id_blocks> blocks_{};
   std::map<std::uint32_t, std::unique_ptr<Object>> objects_;
   std::vector<std::unique_ptr<Object>> spare_ioas_;  // type-stable: kept for calls that still hold an address

@@ -232,10 +232,7 @@ int IommufdFile::invalidate_smmuv3(const Viommu& viommu, const uapi_fd::ViommuAr
     if (object->kind != Kind::hwpt) continue;
     auto& hwpt = static_cast<Hwpt&>(*object);
     if (hwpt.parent == nullptr || hwpt.viommu == nullptr || &hwpt.viommu->parent != &viommu.parent) continue;
-    if (any_asid || hwpt.domain.asid() == asid) {
-      const std::lock_guard owner{hwpt.ioas.ioas.mutex()};
-      hwpt.domain.invalidate(range, tables);
-    }
+    if (any_asid || hwpt.domain.asid() == asid) hwpt.domain.invalidate(range, tables);
   }
   return 0;
 }
@@ -244,7 +241,6 @@ int IommufdFile::invalidate_vtd(Hwpt& hwpt, const uapi_fd::HwptVtdS1Invalidate& 
   if ((entry.flags & ~uapi_fd::vtd_inv_flags_leaf) != 0 || entry.reserved != 0) return -EOPNOTSUPP;
   const bool everything = entry.npages == ~std::uint64_t{0};
   if ((entry.addr & (os_page_bytes - 1)) != 0 || (everything && entry.addr != 0)) return -EINVAL;
-  const std::lock_guard owner{hwpt.ioas.ioas.mutex()};
   const IovaRange range = everything
                               ? IovaRange::everything()
                               : IovaRange{Iova{entry.addr}, Iova{entry.addr + (entry.npages * os_page_bytes - 1)}};
@@ -258,7 +254,7 @@ long IommufdFile::hwpt_invalidate(std::uint64_t argument) noexcept {
   uapi_fd::HwptInvalidate& c = a.command;
   if (c.reserved != 0) return -EOPNOTSUPP;
   if (c.entry_num != 0 && (c.data_uptr == 0 || c.entry_len == 0)) return -EINVAL;
-  const std::lock_guard lock{mutex_};
+  const std::shared_lock lock{mutex_};  // nothing comes or goes meanwhile
   Viommu* const viommu = find<Viommu>(c.hwpt_id);
   Hwpt* const hwpt = find<Hwpt>(c.hwpt_id);
   const bool vtd = hwpt != nullptr && hwpt->parent != nullptr && hwpt->viommu == nullptr;

@@ -95,7 +95,7 @@ std::optional<FaultReason> SimulatedDevice::translate(std::uint64_t page, Access
     return std::nullopt;
   }
   ++statistics_.misses;
-  // relaxed: published by the RMW below. Once announced, an invalidation waits for the mutex; no second RMW needed.
+  // relaxed: ordered by the barrier below. Once announced, an invalidation waits for the mutex; no second one needed.
   if (!may_hold_.load(std::memory_order_relaxed)) {
     may_hold_.store(true, std::memory_order_relaxed);
     domain_->enter_walk();

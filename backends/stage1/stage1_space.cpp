@@ -138,21 +138,47 @@ void Stage1Space::execute(std::span<const BackendOp> ops, std::span<BackendOpRes
 void Stage1Space::settle(Batch& batch, std::span<const BackendOp> ops, std::span<BackendOpResult> results,
                          std::size_t count) noexcept {
   publish();
-  bool done = true;
-  for (const InvalidationTarget& target : targets_)
-    done =
-        invalidate(shared_.kernel(), shared_.fd(), target, batch.pending.spans(), batch.pending.everything(), true) &&
-        done;
+  const bool done =
+      invalidate_leaves(batch.pending.spans(), batch.pending.everything()) ||
+      settle_each(batch.pending, ops.subspan(batch.first, count - batch.first), results.subspan(batch.first));
   batch.pending.clear();
   if (!done) [[unlikely]] {
     own_pins_.hold(batch.dying);
     debt_.store(true, std::memory_order_relaxed);  // relaxed: as in execute()
-    for (std::size_t i = batch.first; i < count; ++i)
-      if (ops[i].kind == OpKind::unmap && !results[i].error && results[i].bytes.value != 0) results[i] = {owing(), {}};
   } else if (!batch.dying.empty()) {
     own_pins_.let_go(batch.dying);
   }
   batch.first = count;
+}
+
+bool Stage1Space::invalidate_leaves(std::span<const IovaRange> spans, bool everything) noexcept {
+  bool done = true;
+  for (const InvalidationTarget& target : targets_)
+    done = invalidate(shared_.kernel(), shared_.fd(), target, spans, everything, true) && done;
+  return done;
+}
+
+// What the IOMMU did not take together it may take run by run, so that each unmap gets a verdict of its own. After a
+// few refusals in a row it is not asked any more: it may take a second for each.
+bool Stage1Space::settle_each(const PendingRanges& pending, std::span<const BackendOp> ops,
+                              std::span<BackendOpResult> results) noexcept {
+  constexpr int refusals_max = 4;
+  const IovaRange everything = IovaRange::everything();
+  int refusals = 0;
+  bool done = true;
+  for (const IovaRange& span : pending.everything() ? std::span{&everything, 1} : pending.spans()) {
+    if (refusals < refusals_max && !pending.everything() && invalidate_leaves({&span, 1}, false)) {
+      refusals = 0;
+      continue;
+    }
+    ++refusals;
+    done = false;
+    for (std::size_t i = 0; i < ops.size(); ++i)
+      if (ops[i].kind == OpKind::unmap && !results[i].error && results[i].bytes.value != 0 &&
+          ops[i].range.overlaps(span))
+        results[i] = {owing(), {}};
+  }
+  return done;
 }
 
 const IovaRange* Stage1Space::window_of(IovaRange range) const noexcept {
@@ -232,7 +258,9 @@ BackendOpResult Stage1Space::map(const BackendOp& op, Batch& batch) noexcept {
   if (why == ENOSPC)
     return {
         base::fail(Errc::limit_reached, Stage::map, why,
-                   "all {} first-stage tables of this address space are in use; unmap something", pool_.pages_max()),
+                   "all {} first-stage tables of this address space are in use; unmap something. Empty ones above the "
+                   "lowest level come back when memory is registered or unregistered, or everything is unmapped",
+                   pool_.pages_max()),
         {}};
   return {no_table_memory(Stage::map), {}};
 }
@@ -279,6 +307,7 @@ Result<Bytes> Stage1Space::unmap_all() noexcept {
   BackendOpResult result;
   execute({&op, 1}, {&result, 1});
   if (result.error) return result.error;
+  if (editor_) editor_->sweep();
   return result.bytes;
 }
 
@@ -293,6 +322,7 @@ Result<RegionId> Stage1Space::register_memory(const MemoryRange& memory) {
     return base::fail(Errc::unsupported, Stage::pin, 0,
                       "memory without a process address needs a file descriptor and IOAS_MAP_FILE (Linux 6.13); map "
                       "the file into the process and register its address");
+  if (editor_) editor_->sweep();  // nobody is in the tables
   regions_.reserve(regions_.size() + 1);
   const auto staged = shared_.parent().acquire(memory);
   if (!staged) return staged.error();
@@ -304,6 +334,7 @@ Result<void> Stage1Space::unregister_memory(RegionId region) {
   if (region.value == 0 || region.value > regions_.size() || regions_[region.value - 1] == nullptr)
     return base::fail(Errc::not_found, Stage::unpin, 0, "region {} is not registered with this space", region.value);
   shared_.parent().drop(std::exchange(regions_[region.value - 1], nullptr));
+  if (editor_) editor_->sweep();  // nobody is in the tables
   return {};
 }
 

@@ -82,6 +82,10 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   /// Invalidates what the batch has cleared; operations up to `count` that wait for it fail if that fails.
   void settle(Batch& batch, std::span<const BackendOp> ops, std::span<BackendOpResult> results,
               std::size_t count) noexcept;
+  bool invalidate_leaves(std::span<const IovaRange> spans, bool everything) noexcept;
+  /// True when everything was taken after all.
+  bool settle_each(const PendingRanges& pending, std::span<const BackendOp> ops,
+                   std::span<BackendOpResult> results) noexcept;
   bool invalidate_all() noexcept;
   bool pay_debt() noexcept;
   const iommufd::StagedMemory* region_of(const BackendOp& op) const noexcept;

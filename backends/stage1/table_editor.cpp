@@ -41,8 +41,18 @@ Table* TableEditor::new_table() noexcept {
 Table* TableEditor::new_upper_table() noexcept {
   Table* const table = new_table();
   // relaxed: published with the pointer to the table.
-  if (table != nullptr) pool_.state(table).users.fetch_or(PageState::dead, std::memory_order_relaxed);
+  if (table == nullptr) return nullptr;
+  pool_.state(table).users.fetch_or(PageState::dead, std::memory_order_relaxed);
+  upper_tables_.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count
   return table;
+}
+
+// One that nobody else can reach, empty.
+void TableEditor::give_upper(Table* table) noexcept {
+  // relaxed: push() publishes. The taker's share stays counted.
+  pool_.state(table).users.fetch_and(~PageState::dead, std::memory_order_relaxed);
+  upper_tables_.fetch_sub(1, std::memory_order_relaxed);  // relaxed: a count
+  pool_.give(table);
 }
 
 // The level-1 table for `iova`; null when a block is in the way, there is none, or none can be had.
@@ -76,11 +86,8 @@ Table* TableEditor::upper_table(std::uint64_t iova, bool create, Place& otherwis
         yield_point("table_editor.link_upper");
         // R.entry - pairs with A.entry: the table is all zeroes.
         if (!place.compare_exchange_strong(entry, format_.table(pool_.address_of(fresh)), std::memory_order_acq_rel,
-                                           std::memory_order_acquire)) {
-          // relaxed: nobody else has it. The taker's share stays counted.
-          pool_.state(fresh).users.fetch_and(~PageState::dead, std::memory_order_relaxed);
-          pool_.give(fresh);
-        }
+                                           std::memory_order_acquire))
+          give_upper(fresh);
         break;
       }
     }
@@ -219,10 +226,8 @@ bool TableEditor::cut(Entry& place, unsigned level, std::uint64_t base, std::uin
   const std::uint64_t cutting = TableFormat::cutting(pool_.address_of(table), generation_of(table));
   const auto undo = [&] {
     for (Entry& e : table->entries) e.store(0, std::memory_order_relaxed);  // relaxed: nobody else has the table
-    if (level > 1)
-      pool_.state(table).users.fetch_and(~PageState::dead, std::memory_order_relaxed);
-    else
-      pool_.state(table).users.fetch_sub(entries_per_table - 1, std::memory_order_relaxed);  // relaxed: as above
+    if (level > 1) return give_upper(table);
+    pool_.state(table).users.fetch_sub(entries_per_table - 1, std::memory_order_relaxed);  // relaxed: as above
     pool_.give(table);
   };
   yield_point("table_editor.cut");
@@ -299,8 +304,7 @@ bool TableEditor::put_block(std::uint64_t iova, std::uint64_t address, std::uint
                                           std::memory_order_acquire)) {
           entry = format_.table(pool_.address_of(fresh));
         } else {
-          pool_.state(fresh).users.fetch_and(~PageState::dead, std::memory_order_relaxed);  // relaxed: ours alone
-          pool_.give(fresh);
+          give_upper(fresh);
         }
       }
       table = format_.kind(entry, above) == EntryKind::table ? table_at(entry) : nullptr;
@@ -365,8 +369,9 @@ MapVerdict TableEditor::map(Session& session, IovaRange range, std::uint64_t add
     if (large && format_.hint_bit != 0 && count >= before + group_entries &&
         (((iova ^ (address + written)) / page_bytes) % group_entries) == 0)
       hinted = (count - before) / group_entries * group_entries;
-    for (std::size_t i = 0; i < count; ++i, entry += page_bytes)  // relaxed: E1
-      entries[i].store(i - before < hinted ? entry | format_.hint_bit : entry, std::memory_order_relaxed);
+    // R.entry - pairs with the walker's load: what the caller wrote to the memory before he mapped it is there.
+    for (std::size_t i = 0; i < count; ++i, entry += page_bytes)
+      entries[i].store(i - before < hinted ? entry | format_.hint_bit : entry, std::memory_order_release);
     session.change_ += static_cast<std::uint32_t>(count);
     written += count * page_bytes;
   }
@@ -460,12 +465,63 @@ bool TableEditor::collect_below(Table* table, unsigned level, std::size_t& total
   return true;
 }
 
-std::size_t TableEditor::trim() noexcept {
+// False when an invalidation failed.
+bool TableEditor::collect(std::size_t& total) noexcept {
   Collected list[collect_max];
-  std::size_t count = 0, total = 0;
-  if (levels_ < 2 || root_ == nullptr) return 0;
-  if (!collect_below(root_, levels_ - 1, total, list, count)) return 0;
-  return let_go(list, count) ? total : 0;
+  std::size_t count = 0;
+  if (levels_ < 2 || root_ == nullptr) return true;
+  return collect_below(root_, levels_ - 1, total, list, count) && let_go(list, count);
+}
+
+std::size_t TableEditor::trim() noexcept {
+  std::size_t total = 0;
+  return collect(total) ? total : 0;
+}
+
+// Unlinks what is empty below `table`, the lowest first. True when `table` is empty then.
+bool TableEditor::sweep_below(Table* table, unsigned level, Swept& swept) noexcept {
+  bool empty = true;
+  for (Entry& place : table->entries) {
+    if (swept.refused) return false;
+    const std::uint64_t entry = place.load(std::memory_order_acquire);  // A.entry
+    if (entry == 0) continue;
+    if (level == 1 || format_.kind(entry, level) != EntryKind::table ||
+        !sweep_below(table_at(entry), level - 1, swept)) {
+      empty = false;
+      continue;
+    }
+    place.store(0, std::memory_order_relaxed);  // relaxed: nobody else is here; the invalidation orders it
+    swept.places[swept.count] = &place;
+    swept.tables[swept.count++] = table_at(entry);
+    if (swept.count == collect_max && !drop(swept)) return false;
+  }
+  return empty;
+}
+
+// Gives back what was unlinked, or links it again.
+bool TableEditor::drop(Swept& swept) noexcept {
+  if (swept.count == 0) return true;
+  swept.refused = !walkers_.forget({Iova{0}, last_address(levels_)});  // I2
+  for (std::size_t i = 0; i < swept.count; ++i) {
+    if (swept.refused)  // R.entry - as every link
+      swept.places[i]->store(format_.table(pool_.address_of(swept.tables[i])), std::memory_order_release);
+    else
+      give_upper(swept.tables[i]);
+  }
+  swept.total += swept.refused ? 0 : swept.count;
+  swept.count = 0;
+  return !swept.refused;
+}
+
+std::size_t TableEditor::sweep() noexcept {
+  if (upper_tables_.load(std::memory_order_relaxed) < sweep_at_ || root_ == nullptr) return 0;  // relaxed: a count
+  std::size_t lowest = 0;
+  if (!collect(lowest)) return 0;
+  Swept swept;
+  sweep_below(root_, levels_ - 1, swept);
+  if (drop(swept) && !swept.refused)
+    sweep_at_ = std::max(sweep_from, 2 * upper_tables_.load(std::memory_order_relaxed));  // relaxed: a count
+  return swept.total;
 }
 
 }  // namespace iovane::backends::stage1

@@ -5,9 +5,10 @@
 // Progress. Lock-free: a thread stopped anywhere holds up nobody. Where a thread finds another's unfinished step in an
 //   entry it needs, it finishes that step itself (`draining`, `cutting`, `parked` below). Growing the pool and
 //   invalidating are system calls.
-// Lifetimes. Tables above level 0 stay until the editor goes: one page per GiB of addresses ever touched. Level-0
-//   tables that became empty stay for reuse and are collected when the pool would have to grow (trim()). A level-1
-//   entry with a table keeps it: a block of 2 MiB is used only where there is none.
+// Lifetimes. Level-0 tables that became empty stay for reuse and are collected when the pool would have to grow
+//   (trim()). Tables above level 0 are entered without a count, so they stay until nobody can be inside: sweep(), which
+//   the space calls when it has the tables to itself. A level-1 entry with a table keeps it: a block of 2 MiB is used
+//   only where there is none.
 // State of a level-0 table: PageState::users = valid (or parked) entries + sessions inside; or `dead` + helpers,
 //   `released` once its collector is done.
 // I1. A session that counted itself in (and then saw the table still in its place) keeps it there: a table leaves only
@@ -31,14 +32,9 @@
 //   anybody who parked and invalidated after he had seen none of the sixteen hinted, without a tag against ABA.
 // Linearization: map, the store of each entry; unmap, the store of 0; entering, the exchange that counts; leaving a
 //   place, the exchange of 0 for dead.
-// Edges: R.entry / A.entry - an entry that leads to a table is stored with release and loaded with acquire (the
-//   device's walker is ordered by its own address dependency), so whoever follows a pointer finds a complete table.
-//   R.users / A.users - what a session stored in a table happened before whoever finds it empty.
-// E1. A leaf of level 0 is stored relaxed: no thread reads memory through it. A device may, but what it finds there is
-//   promised only once the map has completed, and the caller's barrier before that (one for a batch) orders the
-//   entries, and what was written to the memory before them, before whatever tells the device. A device that strays in
-//   earlier reads what was mapped, no matter how old. Against others of the same group: I6, the order of the sixteen
-//   does not matter; whoever loosens them does so for an unmap, which comes after the map in the caller's order.
+// Edges: R.entry / A.entry - an entry's store is a release and a walk's load an acquire (the device's walker is ordered
+//   by its own address dependency), so whoever follows a pointer finds a complete table. R.users / A.users - what a
+//   session stored in a table happened before whoever finds it empty.
 // Failure and undo: map() checks that everything is free before it writes; if tables run out in the middle it says how
 //   far it came and the caller unmaps that. A failed invalidation leaves everything as it was, but for a group that
 //   lost its hint: its leaves stay parked, so that the device faults on them, until an unmap that touches the group
@@ -113,7 +109,7 @@ class TableEditor {
     Entry& place = session.table_->entries[index_of(iova, 0)];
     // relaxed: nothing is read through it. The place is ours.
     if (place.load(std::memory_order_relaxed) != 0) return false;
-    place.store(leaf, std::memory_order_relaxed);  // relaxed: E1
+    place.store(leaf, std::memory_order_release);  // R.entry - as in map()
     ++session.change_;
     return true;
   }
@@ -161,6 +157,11 @@ class TableEditor {
   /// Collects empty level-0 tables: how many.
   std::size_t trim() noexcept;
 
+  /// Collects empty tables of every level but the root, where there are many enough to be worth the walk: how many of
+  /// those above level 0. Nobody maps, unmaps or looks meanwhile. A failed invalidation leaves everything as it was.
+  std::size_t sweep() noexcept;
+
+  static constexpr std::uint32_t sweep_from = 64;   ///< tables above level 0 before sweep() does anything
   static constexpr std::uint32_t trim_from = 1024;  ///< tables in use before growing thinks of collecting
 
  private:
@@ -172,10 +173,17 @@ class TableEditor {
     std::uint64_t draining;
   };
   static constexpr std::size_t collect_max = 256;
+  struct Swept {
+    Entry* places[collect_max];
+    Table* tables[collect_max];
+    std::size_t count = 0, total = 0;
+    bool refused = false;
+  };
 
   Table* table_at(std::uint64_t entry) const noexcept { return pool_.at(format_.address(entry)); }
   Table* new_table() noexcept;
   Table* new_upper_table() noexcept;
+  void give_upper(Table* table) noexcept;
   Place enter(Session& session, std::uint64_t iova, bool create) noexcept;
   Table* upper_table(std::uint64_t iova, bool create, Place& otherwise) noexcept;
   bool count_in(Table* table) noexcept;
@@ -196,6 +204,9 @@ class TableEditor {
                  std::uint64_t& step) noexcept;
   bool collect_below(Table* table, unsigned level, std::size_t& total, Collected* list, std::size_t& count) noexcept;
   bool let_go(Collected* list, std::size_t count) noexcept;
+  bool collect(std::size_t& total) noexcept;
+  bool sweep_below(Table* table, unsigned level, Swept& swept) noexcept;
+  bool drop(Swept& swept) noexcept;
 
   /// Whether `entry` is one of a group of which `range` has only a part, so that the group has to be loosened first.
   bool is_cut_group(std::uint64_t entry, unsigned level, std::uint64_t iova, IovaRange range) const noexcept {
@@ -276,6 +287,8 @@ class TableEditor {
   TableWalkers& walkers_;
   Table* root_ = nullptr;
   std::atomic<std::uint32_t> trim_at_{trim_from};
+  std::atomic<std::uint32_t> upper_tables_{0};  // above level 0, the root too
+  std::uint32_t sweep_at_ = sweep_from;         // of sweep() alone
 };
 
 }  // namespace iovane::backends::stage1

@@ -85,6 +85,9 @@ inline void light_barrier() noexcept {
   detail::full_fence();
 }
 
+/// Store before load, for both sides of a handshake that are frequent: nobody is interrupted and no line is shared.
+inline void full_barrier() noexcept { detail::full_fence(); }
+
 /// For tests of the strong form: from now on neither side uses membarrier(2). Before the first announcement.
 void refuse_asymmetric_barrier() noexcept;
 

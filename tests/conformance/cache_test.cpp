@@ -20,6 +20,7 @@
 #include "backends/uapi/iommufd.hpp"
 #include "backends/uapi/vfio.hpp"
 #include "conformance/engine_conformance.hpp"
+#include "support/raw_fork.hpp"
 #include "support/seed.hpp"
 #include "support/syscall_counter.hpp"
 #if defined(IOVANE_TEST_TRACES)
@@ -373,7 +374,7 @@ TEST_P(CacheContract, no_change_of_memory_leaves_a_stale_page_under_the_monitor)
         break;
       }
       default: {
-        const long child = ::syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);  // fork(2), which arm64 does not have
+        const long child = raw_fork();
         if (child == 0) {
           ::usleep(20'000);
           ::syscall(SYS_exit_group, 0);

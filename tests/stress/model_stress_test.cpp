@@ -8,8 +8,10 @@
 #include <cstring>
 #include <mutex>
 #include <random>
+#include <shared_mutex>
 #include <thread>
 
+#include "backends/model/shared_gate.hpp"
 #include "unit/model_support.hpp"
 
 namespace iovane::backends::model {
@@ -194,6 +196,37 @@ TEST(ModelConcurrency, DevicesMoveBetweenSpacesWhileTheyRunAndSpacesAreEdited) {
     EXPECT_EQ(host->usage().pinned, Bytes{k4});
   }
   EXPECT_EQ(host->usage(), ModelUsage{});
+}
+
+// Plain numbers: TSan, or a sum that is wrong, says when somebody was not alone.
+TEST(SharedGateStress, WhoeverIsInsideAloneIsAlone) {
+  SharedGate gate;
+  std::uint64_t left = 0, right = 0;
+  std::atomic<std::uint64_t> looks{0}, changes{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      while (!stop.load(std::memory_order_relaxed)) {  // relaxed: only ends the test
+        if (t == 0) {
+          const std::lock_guard alone{gate};
+          ++left;
+          ++right;
+          changes.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count
+        } else {
+          const std::shared_lock together{gate};
+          ASSERT_EQ(left, right);
+          looks.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count
+        }
+      }
+    });
+  }
+  // relaxed: a count
+  while (looks.load(std::memory_order_relaxed) < 100'000 || changes.load(std::memory_order_relaxed) < 1'000)
+    std::this_thread::yield();
+  stop.store(true, std::memory_order_relaxed);  // relaxed: join() orders the rest
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(left, changes.load(std::memory_order_relaxed));
 }
 
 TEST(ModelConcurrency, SpacesComeAndGoWhileCallsWithTheirIdsAreUnderWay) {

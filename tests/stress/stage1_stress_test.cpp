@@ -1,11 +1,16 @@
 // Threads map and unmap in the same first-stage tables, tables are collected meanwhile, and a walker with caches reads.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <thread>
 #include <vector>
 
+#include "backends/model/model_kernel.hpp"
+#include "backends/open.hpp"
+#include "conformance/memory.hpp"
 #include "support/first_stage_walker.hpp"
 #include "support/seed.hpp"
 
@@ -109,6 +114,75 @@ TEST(Stage1Stress, threads_take_the_same_hinted_group_apart) {
     }
     world.editor.trim();
   }
+}
+
+// The whole way, on the software IOMMU: threads map and unmap in one address space, a device writes wherever it can all
+// the while, and another device comes and goes. What was unmapped is written by its owner without a lock: TSan, or a
+// byte that changed, says when the device was still there.
+TEST(Stage1Stress, what_was_unmapped_is_its_owners_alone) {
+  using namespace backends;
+  model::ModelOptions options;
+  options.iommus.front().nesting = model::Nesting::smmuv3;
+  auto kernel = *model::ModelKernel::create(options);
+  {
+    auto backend = *open_backend(*kernel, {.name = "stage1"});
+    auto space = *backend->create_space({});
+    ASSERT_TRUE(space->attach({.pci_address = kernel->device(0).address()}));
+    constexpr std::uint64_t pages = 8, iova = 0x1000'0000;
+    constexpr unsigned threads = 2;
+    const Memory memory{threads * pages};
+    const RegionId region = *space->register_memory({.address = memory.data(), .length = memory.length()});
+    std::atomic<bool> stop{false};
+    std::atomic<std::uint64_t> moved{0}, rounds{0};
+    std::vector<std::thread> workers;
+    workers.emplace_back([&] {
+      const std::vector<std::byte> bytes(256, std::byte{0xdd});
+      for (std::uint64_t at = 0; !stop.load(std::memory_order_relaxed); ++at)  // relaxed: only ends the test
+        if (kernel->device(0).dma_write(Iova{iova + at % (threads * pages) * k4 + 128}, bytes).ok())
+          moved.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count
+    });
+    for (unsigned t = 0; t < threads; ++t) {
+      workers.emplace_back([&, t] {
+        std::array<BackendOp, pages> maps, unmaps;
+        std::array<BackendOpResult, pages> results;
+        for (std::uint64_t i = 0; i < pages; ++i) {  // every second page of the same table
+          const std::uint64_t page = i * threads + t;
+          maps[i] = {.kind = OpKind::copy,
+                     .access = Access::read_write,
+                     .region = region,
+                     .range = at(iova + page * k4, k4),
+                     .memory = page * k4};
+          unmaps[i] = {.kind = OpKind::unmap, .range = maps[i].range};
+        }
+        while (!stop.load(std::memory_order_relaxed)) {  // relaxed: only ends the test
+          space->execute(maps, results);
+          for (const BackendOpResult& result : results) ASSERT_TRUE(result.error.ok()) << result.error.message();
+          std::this_thread::yield();
+          space->execute(unmaps, results);
+          for (std::uint64_t i = 0; i < pages; ++i) {
+            ASSERT_EQ(results[i].bytes, Bytes{k4});
+            const auto own = memory.page(i * threads + t);
+            std::memset(own.data(), static_cast<int>(t), own.size());
+            for (std::size_t b = 0; b < own.size(); b += 64)
+              ASSERT_EQ(own[b], static_cast<std::byte>(t)) << "written after the unmap completed";
+          }
+          rounds.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count
+        }
+      });
+    }
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds{2};
+    // relaxed: counts
+    while (std::chrono::steady_clock::now() < until || moved.load(std::memory_order_relaxed) < 100 ||
+           rounds.load(std::memory_order_relaxed) < 100) {
+      auto other = *backend->create_space({});
+      const auto second = other->attach({.pci_address = kernel->device(1).address()});
+      ASSERT_TRUE(second) << second.error().message();
+      ASSERT_TRUE(other->detach(second->id));
+    }
+    stop.store(true, std::memory_order_relaxed);  // relaxed: join() orders the rest
+    for (std::thread& worker : workers) worker.join();
+  }
+  EXPECT_EQ(kernel->usage(), model::ModelUsage{});
 }
 
 }  // namespace

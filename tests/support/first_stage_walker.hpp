@@ -51,6 +51,9 @@ class FirstStageWalker final : public TableWalkers {
     if (const auto known = tables_.find(iova >> 21); known != tables_.end()) {
       table = known->second;
       level = 0;
+    } else if (const auto upper = uppers_.find(iova >> 30); upper != uppers_.end()) {
+      table = upper->second;
+      level = 1;
     }
     while (true) {
       // A.entry - as the hardware's dependent load.
@@ -59,6 +62,7 @@ class FirstStageWalker final : public TableWalkers {
       if (kind == EntryKind::table) {
         table = pool_->at(format.address(entry));
         if (--level == 0) tables_[iova >> 21] = table;
+        if (level == 1) uppers_[iova >> 30] = table;
         continue;
       }
       if (kind != EntryKind::leaf) return std::nullopt;
@@ -95,15 +99,17 @@ class FirstStageWalker final : public TableWalkers {
  private:
   void drop(IovaRange range, bool tables) {
     leaves_.erase(leaves_.lower_bound(range.start.value >> 12), leaves_.upper_bound(range.last.value >> 12));
-    if (tables)
-      tables_.erase(tables_.lower_bound(range.start.value >> 21), tables_.upper_bound(range.last.value >> 21));
+    if (!tables) return;
+    tables_.erase(tables_.lower_bound(range.start.value >> 21), tables_.upper_bound(range.last.value >> 21));
+    uppers_.erase(uppers_.lower_bound(range.start.value >> 30), uppers_.upper_bound(range.last.value >> 30));
   }
 
   TableEditor* editor_ = nullptr;
   TablePool* pool_ = nullptr;
   std::mutex mutex_;
   std::map<std::uint64_t, std::uint64_t> leaves_;
-  std::map<std::uint64_t, const Table*> tables_;
+  std::map<std::uint64_t, const Table*> tables_;  // of level 0
+  std::map<std::uint64_t, const Table*> uppers_;  // of level 1
   std::size_t forgets_ = 0;
   bool deaf_ = false;
   bool refuse_ = false;

@@ -64,9 +64,10 @@ TEST(ProbeTest, a_whole_host_offers_everything_and_auto_takes_iommufd) {
   EXPECT_EQ(kernel->usage(), model::ModelUsage{}) << "the probe left something behind";
 }
 
-std::unique_ptr<model::ModelKernel> make_nesting_host(bool viommu, bool coherent) {
+std::unique_ptr<model::ModelKernel> make_nesting_host(bool viommu, bool coherent,
+                                                      model::Nesting nesting = model::Nesting::smmuv3) {
   model::ModelOptions options;
-  options.iommus.front().nesting = model::Nesting::smmuv3;
+  options.iommus.front().nesting = nesting;
   options.iommus.front().coherent = coherent;
   options.viommu = viommu;
   return *model::ModelKernel::create(options);
@@ -80,6 +81,8 @@ TEST(ProbeTest, auto_prefers_stage1_where_the_iommu_nests) {
     EXPECT_EQ(host->choice, Interface::stage1) << host->why;
     EXPECT_NE(host->why.find("store"), std::string::npos) << host->why;
     EXPECT_TRUE(report_of(*host, Interface::stage1).usable) << report_of(*host, Interface::stage1).reason;
+    EXPECT_EQ(report_of(*host, Interface::stage1).extensions,
+              (std::vector<std::string>{"Arm SMMUv3", "fault records"}));
     EXPECT_TRUE(std::any_of(host->parity.begin(), host->parity.end(), [](const ParityLine& l) {
       return l.capability == Capability::map_is_store && l.stage1 && !l.iommufd;
     }));
@@ -95,10 +98,14 @@ TEST(ProbeTest, auto_prefers_stage1_where_the_iommu_nests) {
 TEST(ProbeTest, a_host_that_does_not_nest_says_why) {
   struct Case {
     bool viommu, coherent;
+    model::Nesting nesting;
     const char* word;
   };
-  for (const Case& c : {Case{false, true, "6.13"}, Case{true, false, "coherent"}}) {
-    const auto kernel = make_nesting_host(c.viommu, c.coherent);
+  for (const Case& c :
+       {Case{false, true, model::Nesting::smmuv3, "6.13"}, Case{true, false, model::Nesting::smmuv3, "coherent"},
+        Case{true, true, model::Nesting::amd, "AMD"},
+        Case{true, true, model::Nesting::none, "first stage is not known"}}) {
+    const auto kernel = make_nesting_host(c.viommu, c.coherent, c.nesting);
     const auto host = probe_host(*kernel);
     ASSERT_TRUE(host);
     const InterfaceReport& stage1 = report_of(*host, Interface::stage1);

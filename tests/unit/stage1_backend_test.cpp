@@ -3,6 +3,8 @@
 #include <poll.h>
 #include <sys/mman.h>
 
+#include <bit>
+#include <cstring>
 #include <fstream>
 
 #include "backends/kernel_decorators.hpp"
@@ -30,6 +32,21 @@ class DeafKernel final : public KernelDecorator {
   using KernelDecorator::KernelDecorator;
   long ioctl(int fd, unsigned long request, void* argument) noexcept override {
     if (deaf && request == uapi::iommufd::HwptInvalidate::request) return 0;
+    if (sick_iova != 0 && request == uapi::iommufd::HwptInvalidate::request) {
+      // Handles what comes before the command for that address, and never that one.
+      auto& call = *static_cast<uapi::iommufd::HwptInvalidate*>(argument);
+      const auto* const entries = std::bit_cast<const std::byte*>(call.data_uptr);
+      const bool smmu = call.data_type == uapi::iommufd::viommu_invalidate_data_arm_smmuv3;
+      for (std::uint32_t i = 0; i < call.entry_num; ++i) {
+        std::uint64_t address = 0;  // word 1 of a command, word 0 of a VT-d entry
+        std::memcpy(&address, entries + std::size_t{i} * call.entry_len + (smmu ? 8 : 0), sizeof address);
+        if ((address & ~std::uint64_t{0xfff}) != sick_iova) continue;
+        call.entry_num = i;
+        if (i != 0) inner().ioctl(fd, request, argument);
+        return -EIO;
+      }
+    }
+    if (untouched != 0 && request == uapi::iommufd::HwptInvalidate::request) return --untouched, -EIO;
     if (stop_after >= 0 && request == uapi::iommufd::HwptInvalidate::request) {
       // Handles that many entries, then fails.
       auto& call = *static_cast<uapi::iommufd::HwptInvalidate*>(argument);
@@ -44,6 +61,8 @@ class DeafKernel final : public KernelDecorator {
     return inner().ioctl(fd, request, argument);
   }
   bool deaf = false;
+  std::uint64_t sick_iova = 0;
+  int untouched = 0;  // so many calls fail and leave the number of entries as it was
   int stop_after = -1;
 };
 
@@ -150,7 +169,8 @@ TEST_P(Stage1Test, without_the_invalidation_the_device_still_reaches_the_page) {
 TEST_P(Stage1Test, an_invalidation_that_stops_half_way_goes_on_from_there) {
   const Memory memory{40};
   const RegionId region = registered(memory);
-  for (const int stop_after : {0, 1, 17}) {
+  for (const int stop_after : {0, 1, 17, 99}) {
+    if (stop_after == 99) deaf_->untouched = 3;
     std::vector<BackendOp> ops;
     for (std::uint64_t i = 0; i < 40; ++i) {
       ASSERT_TRUE(map(region, at(base + 2 * i * k4, 1), i * k4).error.ok());
@@ -165,6 +185,27 @@ TEST_P(Stage1Test, an_invalidation_that_stops_half_way_goes_on_from_there) {
       EXPECT_FALSE(reads(base + 2 * i * k4, memory.page(i))) << i;
     }
   }
+}
+
+TEST_P(Stage1Test, an_unmap_whose_invalidation_is_refused_does_not_spoil_the_others) {
+  const Memory memory{40};
+  const RegionId region = registered(memory);
+  std::vector<BackendOp> ops;
+  for (std::uint64_t i = 0; i < 40; ++i) {
+    ASSERT_TRUE(map(region, at(base + 2 * i * k4, 1), i * k4).error.ok());
+    ASSERT_TRUE(reads(base + 2 * i * k4, memory.page(i)));
+    ops.push_back({.kind = OpKind::unmap, .range = at(base + 2 * i * k4, 1)});
+  }
+  std::vector<BackendOpResult> results(ops.size());
+  deaf_->sick_iova = base + 2 * 17 * k4;
+  space_->execute(ops, results);
+  for (std::uint64_t i = 0; i < 40; ++i) {
+    EXPECT_EQ(results[i].error.code, i == 17 ? Errc::io_error : Errc::ok) << i << ": " << results[i].error.message();
+    EXPECT_EQ(reads(base + 2 * i * k4, memory.page(i)), i == 17) << i;
+  }
+  deaf_->sick_iova = 0;
+  ASSERT_TRUE(map(region, at(base + m2, 1), 0).error.ok()) << "the debt is paid by one for everything";
+  EXPECT_FALSE(reads(base + 2 * 17 * k4, memory.page(17)));
 }
 
 TEST_P(Stage1Test, a_failed_invalidation_is_a_debt_that_is_paid_before_anything_else) {
@@ -344,6 +385,30 @@ TEST_P(Stage1Test, many_small_mappings_reuse_tables) {
     ASSERT_EQ(unmap(at(high + i * m2, 1)).bytes, Bytes{k4});
   }
   EXPECT_LT(space_->table_memory().value, std::uint64_t{4000} * k4) << "empty tables are collected";
+}
+
+// Each GiB that was ever touched takes a table of its own.
+TEST_P(Stage1Test, tables_above_the_lowest_level_come_back_when_memory_comes_and_goes) {
+  const Memory memory{1};
+  constexpr std::uint64_t high = 0x1'0000'0000;
+  const RegionId region = registered(memory);
+  ASSERT_TRUE(map(region, at(high, 1), 0).error.ok());
+  std::uint64_t most = 0;
+  for (std::uint64_t round = 0; round < 20; ++round) {
+    for (std::uint64_t i = 1; i <= 100; ++i) {
+      const IovaRange page = at(high + (100 * round + i) * (1U << 30), 1);
+      ASSERT_TRUE(map(region, page, 0).error.ok());
+      ASSERT_TRUE(reads(page.start.value, memory.page(0)));
+      ASSERT_EQ(unmap(page).bytes, Bytes{k4});
+    }
+    const Memory plugged{1};
+    const auto one = space_->register_memory({.address = plugged.data(), .length = plugged.length()});
+    ASSERT_TRUE(one);
+    ASSERT_TRUE(space_->unregister_memory(*one));
+    most = std::max(most, space_->table_memory().value);
+  }
+  EXPECT_LE(most, 512 * k4) << "2,000 GiB were touched";
+  EXPECT_TRUE(reads(high, memory.page(0))) << "what is mapped stays";
 }
 
 TEST_P(Stage1Test, the_width_of_addresses_can_be_chosen) {

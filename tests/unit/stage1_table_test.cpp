@@ -252,6 +252,52 @@ TEST_P(EditorTest, a_cut_whose_invalidation_fails_changes_nothing) {
   EXPECT_EQ(world_.unmap(at(g1, m2)), m2 - k4);
 }
 
+TEST_P(EditorTest, a_sweep_takes_empty_tables_of_all_levels_and_never_under_a_walker) {
+  const std::uint64_t top = last_address(world_.editor.levels()).value - g1 + 1;
+  // Three GiB apart, and with more than three levels far enough that tables above level 1 become empty too.
+  const std::uint64_t apart = world_.editor.levels() == 3 ? 3 * g1 : 515 * g1;
+  std::map<std::uint64_t, std::uint64_t> live;
+  const auto map_and_walk = [&](std::uint64_t iova, std::uint64_t memory) {
+    ASSERT_EQ(world_.map(at(iova, k4), memory), MapVerdict::done);
+    ASSERT_EQ(world_.walker.translate(iova), memory);  // the walker knows the tables now
+    live[iova] = memory;
+  };
+  for (std::uint64_t i = 0; i < 160; ++i) map_and_walk(i * apart + i * m2, i * k4);
+  ASSERT_EQ(world_.map(at(top, g1), 7 * g1), MapVerdict::done) << "a block of 1 GiB";
+  for (std::uint64_t i = 0; i < 160; ++i) map_and_walk(i * apart + g1 + i * m2, i * m2);
+  const std::uint32_t before = world_.pool.taken();
+  for (auto one = live.begin(); one != live.end();) {
+    if (one->second / k4 % 8 == 0 && one->second < 160 * k4) {
+      ++one;
+      continue;
+    }
+    ASSERT_EQ(world_.unmap(at(one->first, k4)), k4);
+    one = live.erase(one);
+  }
+  world_.walker.set_refusing(true);
+  EXPECT_EQ(world_.editor.sweep(), 0U);
+  EXPECT_EQ(world_.pool.taken(), before) << "nothing is given back that a walker may know";
+  for (const auto& [iova, memory] : live) EXPECT_EQ(world_.walker.translate(iova), memory);
+  world_.walker.set_refusing(false);
+  EXPECT_GT(world_.editor.trim(), 0U);
+  for (std::uint64_t i = 0; i < 320; ++i) {  // the walker knows the tables above once more
+    const std::uint64_t iova = i / 2 * apart + i % 2 * g1 + 300 * m2;
+    ASSERT_EQ(world_.walker.translate(iova), std::nullopt);
+  }
+  const std::uint32_t trimmed = world_.pool.taken();
+  world_.walker.set_refusing(true);
+  EXPECT_EQ(world_.editor.sweep(), 0U);
+  EXPECT_EQ(world_.pool.taken(), trimmed) << "all of them are back in their places";
+  world_.walker.set_refusing(false);
+  EXPECT_GE(world_.editor.sweep(), world_.editor.levels() == 3 ? 299U : 400U);
+  EXPECT_LE(world_.pool.taken(), live.size() * (world_.editor.levels() - 1) + 8);
+  for (const auto& [iova, memory] : live) EXPECT_EQ(world_.walker.translate(iova), memory);
+  EXPECT_EQ(world_.walker.translate(top + g1 - 5 * k4), 8 * g1 - 5 * k4);
+  // The pages come back in other places; a walker that still knew them there would be led astray.
+  for (std::uint64_t i = 0; i < 160; ++i) map_and_walk((159 - i) * apart + (i % 2) * g1 + 400 * m2, (1000 + i) * k4);
+  for (const auto& [iova, memory] : live) EXPECT_EQ(world_.walker.translate(iova), memory);
+}
+
 TEST_P(EditorTest, empty_tables_are_collected_and_never_under_a_walker) {
   constexpr std::uint64_t count = 600;
   for (std::uint64_t i = 0; i < count; ++i) {

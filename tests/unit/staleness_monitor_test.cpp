@@ -25,6 +25,7 @@
 
 #include "pinning/counting_provider.hpp"
 #include "pinning/map_cache.hpp"
+#include "support/raw_fork.hpp"
 
 namespace iovane::pinning {
 namespace {
@@ -155,7 +156,7 @@ TEST_F(StalenessTest, ForkMakesPrivateMemoryStale) {
   std::memset(p, 1, 4 * os_page);
   const std::uint64_t before = pin(p);
   // Raw, so that no atfork handler runs.
-  const long child = syscall(SYS_fork);
+  const long child = test::raw_fork();
   if (child == 0) syscall(SYS_exit_group, 0);
   ASSERT_GT(child, 0);
   EXPECT_FALSE(hits(p)) << "either side's next write may copy the page";

@@ -23,6 +23,7 @@
 #include "pinning/map_cache.hpp"
 #include "pinning/memlock.hpp"
 #include "pinning/staleness_monitor.hpp"
+#include "support/raw_fork.hpp"
 #include "support/seed.hpp"
 #include "support/syscall_counter.hpp"
 
@@ -277,7 +278,7 @@ TEST_F(UringTest, NeverServesAnOldPageUnderTheMonitor) {
         ASSERT_EQ(mmap(at, os_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0), at);
         break;
       case 2: {
-        const long child = syscall(SYS_fork);
+        const long child = test::raw_fork();
         if (child == 0) {
           usleep(1000);
           syscall(SYS_exit_group, 0);
@@ -372,7 +373,7 @@ TEST_F(UringTest, PagemapAgreesWithEveryHit) {
           ASSERT_EQ(mmap(at, os_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0), at);
           break;
         case 2: {
-          const long child = syscall(SYS_fork);
+          const long child = test::raw_fork();
           if (child == 0) {
             usleep(500);
             syscall(SYS_exit_group, 0);
