@@ -181,6 +181,7 @@ class BatchExecutor {
   std::uint32_t count_ = 0;
   bool* link_broken_ = nullptr;
   bool no_link_ = false;  // of run_one()
+  bool for_another_ = false;
   // The call that is being made, for recover().
   Step step_ = Step::none;
   bool recovering_ = false;

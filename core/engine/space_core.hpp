@@ -111,6 +111,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   /// Takes a device out of the backend. Called with the lane held.
   Result<void> release_device(backends::DeviceId device);
   void devices_came() noexcept;
+  void trace_attached(backends::DeviceId device) const noexcept;
+  void trace_detached(backends::DeviceId device) const noexcept;
   void stop_pump() noexcept;
   /// An entry to be made one of device_names_ when the device has its id: that cannot fail.
   static DeviceNames::node_type named_device(const backends::DeviceSource& source);

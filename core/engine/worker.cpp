@@ -14,6 +14,7 @@
 #include "base/error_text.hpp"
 #include "base/fault_point.hpp"
 #include "base/futex.hpp"
+#include "engine/engine_event.hpp"
 #include "engine/lane.hpp"
 #include "engine/monotonic.hpp"
 
@@ -140,7 +141,10 @@ bool Worker::is_this_thread() const noexcept { return my_role == this; }
 
 // Waits for the role.
 void Worker::take_role() noexcept {
-  if (pthread_mutex_lock(&role_) == EOWNERDEAD) pthread_mutex_consistent(&role_);
+  if (pthread_mutex_lock(&role_) == EOWNERDEAD) {
+    pthread_mutex_consistent(&role_);
+    IOVANE_TRACE(base::TraceLevel::error, EngineEvent, worker_died, 0, 0, 0, 0);
+  }
   my_role = this;
   note_unfinished();
   dead_.store(false, std::memory_order_relaxed);  // relaxed: see is_dead()
@@ -159,6 +163,7 @@ bool Worker::take_role_of_dead() noexcept {
     return false;  // alive, or somebody else stands in, who looks at the stack once more after letting go
   my_role = this;
   note_unfinished();
+  if (taken == EOWNERDEAD) IOVANE_TRACE(base::TraceLevel::error, EngineEvent, worker_died, 0, 0, 0, 0);
   dead_.store(true, std::memory_order_relaxed);  // relaxed: see is_dead()
   return true;
 }
