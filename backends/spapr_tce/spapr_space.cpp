@@ -390,9 +390,7 @@ Result<void> SpaprSpace::promise(std::span<const IovaRange>) {
                     "a sPAPR container cannot promise ranges; windows stay as they are until they are removed");
 }
 
-Headroom SpaprSpace::headroom() noexcept {
-  return {.entries = std::nullopt, .memlock = memlock_left(kernel_, MemlockAccount::process_locked)};
-}
+Headroom SpaprSpace::headroom() noexcept { return memlock_headroom(kernel_, MemlockAccount::process_locked); }
 
 Bytes SpaprSpace::hand_to_kernel(IovaRange range) noexcept {
   Bytes sum{};

@@ -383,7 +383,7 @@ Result<void> Type1Space::promise(std::span<const IovaRange> ranges) {
 }
 
 Headroom Type1Space::headroom() noexcept {
-  Headroom room{.entries = std::nullopt, .memlock = memlock_left(kernel_, account())};
+  Headroom room = memlock_headroom(kernel_, account());
   if (compat() || groups_.empty()) return room;
   try {
     if (const auto info = query_container(kernel_, container_.get())) room.entries = info->entries_left;

@@ -62,6 +62,10 @@ class OneShot {
     return word_.load(std::memory_order_acquire) == fired;  // A.fired
   }
   bool has_fired() const noexcept { return word_.load(std::memory_order_acquire) == fired; }  // A.fired
+  /// For the next time: by the waiter, after it happened and before whoever fires can hear of it again.
+  void rearm() noexcept {
+    word_.store(idle, std::memory_order_relaxed);  // relaxed: goes along with what tells the one who fires
+  }
   /// The object may be gone when this returns: after the exchange only its address is used.
   void fire() noexcept {
     std::atomic<std::uint32_t>& word = word_;

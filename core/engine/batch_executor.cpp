@@ -26,10 +26,14 @@ void BatchExecutor::run(QueueCore& queue, bool for_another) noexcept {
   }
 }
 
-void BatchExecutor::run_one(const Operation& operation, Completion& completion) noexcept {
-  no_link_ = false;
-  for_another_ = false;
-  run_slice({&operation, &completion, 0, 0}, 1, no_link_);
+void BatchExecutor::run(DirectBatch& batch, bool for_another) noexcept {
+  if (for_another) (*space_.counters)[Count::combined_batches].add();
+  for_another_ = for_another;
+  while (batch.left() != 0) {
+    const auto count = static_cast<std::uint32_t>(std::min<std::size_t>(batch.left(), slice_operations_max));
+    run_slice(batch.next_slice(), count, batch.link_broken);
+    batch.executed(count, refused_);
+  }
 }
 
 void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& link_broken) noexcept {
@@ -39,6 +43,7 @@ void BatchExecutor::run_slice(const Slice& slice, std::uint32_t count, bool& lin
   count_ = count;
   link_broken_ = &link_broken;
   succeeded_ = {};
+  refused_ = 0;
   slice_ns_ = 0;
   at_ = 0;
   slice_open_ = true;
@@ -93,6 +98,7 @@ void BatchExecutor::refuse(std::uint32_t i, const Error& error) noexcept {
   Completion& verdict = slice_.completion(i);
   if (!verdict.ok()) return;
   verdict.error = error;
+  ++refused_;
   --succeeded_[static_cast<unsigned>(slice_.operation(i).kind)];
   (*space_.counters)[Count::failures].add();
   IOVANE_TRACE(base::TraceLevel::error, EngineEvent, operation_failed, space_.number, verdict.user_data, error.code,

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <span>
 
+#include "engine/direct_batch.hpp"
 #include "engine/operation.hpp"
 #include "engine/queue_core.hpp"
 #include "engine/request_check.hpp"
@@ -34,14 +35,14 @@ class BatchExecutor {
 
   /// Executes everything the queue has published, slice by slice, delivering each slice's completions.
   void run(QueueCore& queue, bool for_another) noexcept;
-  /// Executes one operation; both lie where they outlive a thread's end.
-  void run_one(const Operation& operation, Completion& completion) noexcept;
+  /// Executes the batch; it and its arrays lie where they outlive a thread's end.
+  void run(DirectBatch& batch, bool for_another) noexcept;
   /// After the end of the thread that executed: settles the operations that were with the backend, and gives up the one
   /// that was being planned. What was mapped is mapped again, what was unmapped is gone.
   void recover() noexcept;
   /// After recover(): goes on with what the thread was running.
-  void resume() noexcept;
   void resume(QueueCore& queue) noexcept;
+  void resume(DirectBatch& batch) noexcept;
   /// Unmaps everything, quarantined mappings included in the attempt; how many bytes, and the first refusal.
   Error unmap_all(Bytes& removed) noexcept;
   /// Relaxed mode: carries out every deferred unmap; the bytes that devices can no longer reach. Not within a phase.
@@ -83,6 +84,7 @@ class BatchExecutor {
 
   void run_slice(const Slice& slice, std::uint32_t count, bool& link_broken) noexcept;
   void run_from(std::uint32_t i) noexcept;
+  void end_slice() noexcept;
   /// Completes operation `i` with an error, unless it has one.
   [[gnu::noinline]] void refuse(std::uint32_t i, const Error& error) noexcept;
   Error not_begun() const noexcept;
@@ -180,8 +182,8 @@ class BatchExecutor {
   std::uint32_t at_ = 0;  // the operation that is being planned
   std::uint32_t count_ = 0;
   bool* link_broken_ = nullptr;
-  bool no_link_ = false;  // of run_one()
   bool for_another_ = false;
+  std::uint32_t refused_ = 0;  // of this slice
   // The call that is being made, for recover().
   Step step_ = Step::none;
   bool recovering_ = false;

@@ -71,15 +71,22 @@ void BatchExecutor::recover() noexcept {
   planned_ = false;
 }
 
-void BatchExecutor::resume() noexcept {
-  if (!slice_open_) return;
+void BatchExecutor::end_slice() noexcept {
   run_from(at_ < count_ ? at_ + 1 : count_);
   slice_open_ = false;
 }
 
+void BatchExecutor::resume(DirectBatch& batch) noexcept {
+  if (slice_open_) {
+    end_slice();
+    batch.executed(count_, refused_);
+  }
+  run(batch, false);
+}
+
 void BatchExecutor::resume(QueueCore& queue) noexcept {
   if (slice_open_) {
-    resume();
+    end_slice();
     queue.deliver(count_);
   } else {
     queue.announce();

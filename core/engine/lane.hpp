@@ -108,20 +108,32 @@ class alignas(base::cacheline_bytes) Lane {
       return;
     }
     if (claims != nullptr) claims->add(*this, &waiter.granted());
-    wait_for(waiter.granted());
+    (void)wait_for(waiter.granted());
     if (claims == nullptr) return;
     claims->remove(*this);
     claims->add(*this, nullptr);
   }
 
-  /// Waits for what the lane's holder fires.
-  void wait_for(base::OneShot& event) noexcept {
-    if (event.spin()) return;
+  /// Waits for what the lane's holder fires; false when `timeout` ran out first. Negative: no end.
+  bool wait_for(base::OneShot& event, std::chrono::nanoseconds timeout = std::chrono::nanoseconds{-1}) noexcept {
+    using Clock = std::chrono::steady_clock;
+    if (event.spin()) return true;
+    const Clock::time_point start = timeout.count() > 0 ? Clock::now() : Clock::time_point{};
     for (;;) {
-      LaneHeir* const heir = heir_.load(std::memory_order_acquire);  // A.heir
-      if (event.wait_for(heir != nullptr ? death_watch : std::chrono::nanoseconds{-1})) return;
-      if (heir != nullptr) heir->look();
+      std::chrono::nanoseconds left{-1};
+      if (timeout.count() >= 0) {
+        left = timeout - (timeout.count() > 0 ? Clock::now() - start : std::chrono::nanoseconds{0});
+        if (left.count() <= 0) return event.has_fired();
+      }
+      const bool watching = heir_.load(std::memory_order_acquire) != nullptr;  // A.heir
+      if (watching && (left.count() < 0 || left > death_watch)) left = death_watch;
+      if (event.wait_for(left)) return true;
+      if (watching) look();
     }
+  }
+  /// For those who wait in their own way: if the holder has ended, its heir goes on. Without the lane.
+  void look() noexcept {
+    if (LaneHeir* const heir = heir_.load(std::memory_order_acquire)) heir->look();  // A.heir
   }
   static constexpr std::chrono::milliseconds death_watch{20};
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/error_text.hpp"
+#include "engine/direct_batch.hpp"
 #include "engine/engine_core.hpp"
 #include "engine/engine_event.hpp"
 #include "engine/out_of_memory.hpp"
@@ -17,33 +18,6 @@ using base::fail;
 namespace {
 
 std::atomic<std::uint64_t> next_number{1};
-
-/// One operation of a caller that waits for it. Lives on that caller's stack.
-class SyncCall final : public LaneNode {
- public:
-  SyncCall(BatchExecutor& executor, const Operation& operation) noexcept
-      : LaneNode{Kind::work}, executor_{executor}, operation_{operation} {}
-
-  Completion wait(Lane& lane) noexcept {
-    lane.wait_for(done_);
-    return completion_;
-  }
-
- private:
-  base::OneShot* run(bool) noexcept override {
-    executor_.run_one(operation_, completion_);
-    return &done_;  // fired, the caller's frame, and with it this object, may be gone
-  }
-  base::OneShot* resume() noexcept override {
-    executor_.resume();
-    return &done_;
-  }
-
-  BatchExecutor& executor_;
-  const Operation& operation_;
-  Completion completion_;
-  base::OneShot done_;
-};
 
 Error check_bounds(const AddressSpaceConfig& config) noexcept {
   if (config.unmap == UnmapMode::strict) return {};
@@ -105,7 +79,8 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
              .memories = MemoryTable{config.memories_max},
              .counters = &counters_,
              .number = next_number.fetch_add(1, std::memory_order_relaxed)},  // relaxed: only told apart
-      executor_{std::make_unique<BatchExecutor>(state_)} {
+      executor_{std::make_unique<BatchExecutor>(state_)},
+      interface_{state_.backend->facts().interface} {
   facts_.backend = engine_->backend_name();
   if (StatsPage* const page = engine_->stats_page()) {
     published_ = page->acquire(config_.name, facts_.backend);
@@ -171,13 +146,9 @@ Result<std::unique_ptr<QueueCore>> SpaceCore::open_queue(const QueueConfig& conf
                 depth_max);
   try {
     const bool needs_worker = config.submit == SubmitMode::never_block || config.hand_over.value != 0;
-    // The second queue makes it possible that one thread serves another: from here on somebody can relieve it. Without
-    // a worker it is served all the same.
-    const bool wants_worker = queues_opened_.fetch_add(1, std::memory_order_relaxed) != 0;  // relaxed: a count
-    if (needs_worker || wants_worker) {
-      const auto started = start_worker();
-      if (!started && needs_worker) return started.error();
-    }
+    expect_company();
+    if (needs_worker)
+      if (const auto started = start_worker(); !started) return started.error();
     auto queue = std::make_unique<QueueCore>(shared_from_this(), config, needs_worker ? worker_ : nullptr);
     IOVANE_TRACE(base::TraceLevel::change, EngineEvent, queue_opened, state_.number, config.depth,
                  config.submit == SubmitMode::never_block, 0);
@@ -187,14 +158,21 @@ Result<std::unique_ptr<QueueCore>> SpaceCore::open_queue(const QueueConfig& conf
   }
 }
 
+void SpaceCore::expect_company() {
+  // The second one makes it possible that one thread serves another: from here on somebody can relieve it. Without a
+  // worker it is served all the same.
+  if (companions_.fetch_add(1, std::memory_order_relaxed) != 0) (void)start_worker();  // relaxed: a count
+}
+
 Error SpaceCore::closed_error() const noexcept {
   return make_error(Errc::closed, Stage::validate, "the address space has been destroyed");
 }
 
 Completion SpaceCore::run_now(const Operation& operation) noexcept {
-  SyncCall call{*executor_, operation};
-  lane_.enter(call);
-  return call.wait(lane_);
+  Completion completion;
+  DirectBatch call{*this};
+  if (!call.submit({&operation, 1}, {&completion, 1})) (void)call.wait(std::chrono::nanoseconds{-1});
+  return completion;
 }
 
 Result<DeviceInfo> SpaceCore::attach(const DeviceConfig& device) {
@@ -235,8 +213,8 @@ Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
 }
 
 Result<void> SpaceCore::detach(std::uint32_t device_id) {
-  // A type1 container drops every mapping with its last device, so none may be handed out after that.
-  if (SpaceCache* const open = cache(); open != nullptr && facts_.backend.starts_with("type1")) open->drop_all();
+  // A container drops every mapping with its last device, so none may be handed out after that.
+  if (SpaceCache* const open = cache(); open != nullptr && backends::is_container(interface_)) open->drop_all();
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
@@ -277,6 +255,11 @@ Result<void> SpaceCore::release_device(backends::DeviceId device) {
   if (detached || detached.error().code != Errc::busy || !state_.index.empty()) return detached;
   if (const auto emptied = state_.backend->unmap_all(); !emptied) return emptied.error();
   return state_.backend->detach(device);
+}
+
+backends::MemlockUse SpaceCore::memlock_use() noexcept {
+  const LaneHold held{lane_};
+  return state_.closed ? backends::MemlockUse{} : state_.backend->headroom().memlock_use;
 }
 
 Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {

@@ -51,6 +51,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
 
   /// Errors: invalid_argument, out_of_memory, and those of starting a worker where the queue needs one.
   Result<std::unique_ptr<QueueCore>> open_queue(const QueueConfig& config);
+  /// One who will submit again and again has come: a queue, or the owner of a DirectBatch.
+  void expect_company();
   Completion run_now(const Operation& operation) noexcept;
   Result<DeviceInfo> attach(const DeviceConfig& device);
   Result<void> detach(std::uint32_t device_id);
@@ -80,6 +82,9 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<void> recover(const std::function<Result<void>(backends::SpaprEeh&)>& call);
 
   Result<std::vector<IovaRange>> usable_ranges();
+  /// What the space is on, whatever the engine is called. Any thread, without the lane.
+  backends::Interface interface() const noexcept { return interface_; }
+  backends::MemlockUse memlock_use() noexcept;
   // space_devices.cpp.
   Result<GuestLayout> guest_layout();
   Result<std::vector<LayoutBreach>> check_layout();
@@ -150,11 +155,12 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::unique_ptr<WorkerHeir> heir_;
   std::mutex pump_lock_;
   std::unique_ptr<PageFaultPump> pump_;
-  std::atomic<std::uint32_t> queues_opened_{0};
+  std::atomic<std::uint32_t> companions_{0};
   std::optional<SpaceLayout> layout_;  // made by create()
   DeviceNames device_names_;
   std::unique_ptr<DirtyLog> dirty_;  // made by the first start_dirty_tracking()
   AddressSpaceFacts facts_;
+  const backends::Interface interface_;
   // Last: its mappings go before what carries them.
   std::mutex cache_lock_;  // open_cache() only
   std::unique_ptr<SpaceCache> cache_;

@@ -30,10 +30,9 @@ Result<void> EngineTarget::track_dirty(bool on) {
 // Where guest memory is that a mapping led to; none when the VMM took that region away since.
 std::optional<DirtyMemory> EngineTarget::guest_memory_of(const MemoryPiece& piece) const noexcept {
   for (const Place& place : places_) {
-    if (place.memory ? piece.memory != place.memory.id() : static_cast<bool>(piece.memory)) continue;
-    const std::uint64_t base = place.memory ? 0 : place.address;
-    if (piece.offset < base || piece.offset - base >= place.length.value) continue;
-    return DirtyMemory{place.region, piece.offset - base, piece.length};
+    if (piece.memory != place.memory.id()) continue;  // none where regions are not registered
+    if (piece.offset < place.base || piece.offset - place.base >= place.length.value) continue;
+    return DirtyMemory{place.region, piece.offset - place.base, piece.length};
   }
   return std::nullopt;
 }
@@ -80,7 +79,7 @@ Result<void> EngineTarget::take_dirty_of_live(const MappingInfo& mapping, std::v
 }
 
 Result<void> EngineTarget::take_dirty(const VisitDirty& visit) {
-  if (finished_ != ops_.size())
+  if (in_batch_ != 0)
     return make_error(Errc::busy, Stage::query,
                       "a batch is in flight; poll() until it is done, then read what is dirty");
   if (!space_.dirty_stats().tracking) return make_error(Errc::invalid_argument, Stage::query, "dirty tracking is off");

@@ -43,7 +43,7 @@ struct EngineTargetTest : ::testing::TestWithParam<const char*> {
 
 TEST_P(EngineTargetTest, WhatTheGuestMapsIsInTheEngineAndNothingElse) {
   EngineTargetConfig config;
-  config.queue_depth = 64;  // batches are longer: they go through in pieces
+  config.batch_max = 64;  // batches are longer: they go through in pieces
   auto target = EngineTarget::create(space, memory, config);
   ASSERT_TRUE(target) << target.error().message();
   auto other = EngineTarget::create(other_space, memory, {});

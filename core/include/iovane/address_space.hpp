@@ -25,6 +25,7 @@
 namespace iovane {
 
 namespace engine {
+class DirectBatch;
 class SpaceCore;
 }
 namespace pinning {
@@ -296,6 +297,7 @@ class AddressSpace {
 
  private:
   friend class Engine;
+  friend class engine::DirectBatch;
   explicit AddressSpace(std::shared_ptr<engine::SpaceCore> core) noexcept;
   Result<MemoryLease> acquire_slowly(const MemoryPiece& memory, Access access) noexcept;
   Result<MemoryLease> counted(pinning::Hold&& hold) noexcept;
