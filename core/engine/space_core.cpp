@@ -80,6 +80,7 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
              .counters = &counters_,
              .number = next_number.fetch_add(1, std::memory_order_relaxed)},  // relaxed: only told apart
       executor_{std::make_unique<BatchExecutor>(state_)},
+      heir_{engine_->nodes(), state_, *executor_},
       interface_{state_.backend->facts().interface} {
   facts_.backend = engine_->backend_name();
   if (StatsPage* const page = engine_->stats_page()) {
@@ -87,6 +88,7 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
     if (published_ != nullptr) state_.counters = &published_->counters;
   }
   refresh_facts();
+  lane_.set_heir(&heir_);
 }
 
 SpaceCore::~SpaceCore() {
@@ -128,14 +130,11 @@ Result<void> SpaceCore::start_worker() {
   const auto worker = engine_->nodes().worker(node_);
   if (!worker) return worker.error();
   auto relief = std::make_unique<Relief>(**worker, lane_, state_);
-  auto heir = std::make_unique<WorkerHeir>(**worker, state_, *executor_);
   const LaneHold lane{lane_};
   if (state_.closed) return closed_error();
   worker_ = *worker;
   relief_ = std::move(relief);
   lane_.set_relief(relief_.get());
-  heir_ = std::move(heir);
-  lane_.set_heir(heir_.get());
   return {};
 }
 

@@ -168,8 +168,9 @@ bool Worker::take_role_of_dead() noexcept {
   return true;
 }
 
-void Worker::give_role_back() noexcept {
-  my_role = nullptr;
+// To the role that this thread has itself, if it is another worker.
+void Worker::give_role_back(const Worker* own) noexcept {
+  my_role = own;
   pthread_mutex_unlock(&role_);
 }
 
@@ -187,19 +188,21 @@ void Worker::take_over_lanes() noexcept {
 
 void Worker::inherit_if_dead() noexcept {
   if (my_role == this) return take_over_lanes();
+  const Worker* const own = my_role;
   if (!take_role_of_dead()) return;
   take_over_lanes();
-  give_role_back();
+  give_role_back(own);
 }
 
 void Worker::stand_in_if_dead() noexcept {
+  const Worker* const own = my_role;
   do {
     if (!take_role_of_dead()) return;
     take_over_lanes();
     while (run_posted()) {
     }
     (void)run_timers();
-    give_role_back();
+    give_role_back(own);
     // sequentially consistent: after the unlock. A post whose owner found the role taken came before, and is seen here.
   } while (head_.load(std::memory_order_seq_cst) != nullptr);
 }
