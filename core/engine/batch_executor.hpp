@@ -140,7 +140,7 @@ class BatchExecutor {
   backends::BackendOpResult execute_one(const backends::BackendOp& op) noexcept;
 
   /// The last steps of an unmap, in the contract's order: the pin, then the IOVA, which may be handed out from here on.
-  void retire(MappingRecord* record) noexcept {
+  [[gnu::always_inline]] void retire(MappingRecord* record) noexcept {
     const IovaRange range = record->range;
     const std::uint32_t memory_index = record->region;
     space_.index.erase(record);
