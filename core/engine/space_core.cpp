@@ -223,9 +223,9 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
     device_names_.erase(known);
   }
   refresh_facts();
-  trace_detached(backends::DeviceId{device_id});
   // The device is gone in any case: what cannot be read now is read with the next one, but what vanished is told.
   const auto refreshed = refresh_usable();
+  trace_detached(backends::DeviceId{device_id});
   return refreshed || refreshed.error().code != Errc::iova_reserved ? Result<void>{} : refreshed;
 }
 
