@@ -36,13 +36,16 @@ bool Pages::shared() const noexcept {
 }
 
 bool Pages::drop_reference() noexcept {
+  if (!shared()) return true;  // and nobody can come to share it: see above
   // R.reference, A.reference - the last one out sees everything that the others did.
   return references_.fetch_sub(1, std::memory_order_acq_rel) == 1;
 }
 
 void Pages::forget() noexcept {
-  window_.unmap();
-  fd_.reset();
+  if (is_file_) {
+    window_.unmap();
+    fd_.reset();
+  }
   references_.store(1, std::memory_order_relaxed);  // relaxed: nobody else has the object
 }
 

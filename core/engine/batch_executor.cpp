@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/error_text.hpp"
+#include "engine/engine_event.hpp"
 #include "engine/monotonic.hpp"
 
 namespace iovane::engine {
@@ -15,6 +16,7 @@ using base::fail;
 
 void BatchExecutor::run(QueueCore& queue, bool for_another) noexcept {
   if (for_another) (*space_.counters)[Count::combined_batches].add();
+  for_another_ = for_another;
   const std::uint64_t published = queue.take_published();
   while (queue.executed() != published) {
     const auto count =
@@ -26,6 +28,7 @@ void BatchExecutor::run(QueueCore& queue, bool for_another) noexcept {
 
 void BatchExecutor::run(DirectBatch& batch, bool for_another) noexcept {
   if (for_another) (*space_.counters)[Count::combined_batches].add();
+  for_another_ = for_another;
   while (batch.left() != 0) {
     const auto count = static_cast<std::uint32_t>(std::min<std::size_t>(batch.left(), slice_operations_max));
     run_slice(batch.next_slice(), count, batch.link_broken);
@@ -79,6 +82,8 @@ void BatchExecutor::run_from(std::uint32_t i) noexcept {
   publish_gauges();
   if (space_.memories.has_orphans()) [[unlikely]]
     forget_orphans();
+  IOVANE_TRACE(base::TraceLevel::batch, EngineEvent, batch_done, space_.number, count_,
+               succeeded_[static_cast<unsigned>(OperationKind::map)], for_another_);
 }
 
 void BatchExecutor::publish_gauges() noexcept {
@@ -96,6 +101,8 @@ void BatchExecutor::refuse(std::uint32_t i, const Error& error) noexcept {
   ++refused_;
   --succeeded_[static_cast<unsigned>(slice_.operation(i).kind)];
   (*space_.counters)[Count::failures].add();
+  IOVANE_TRACE(base::TraceLevel::error, EngineEvent, operation_failed, space_.number, verdict.user_data, error.code,
+               error.os_errno);
 }
 
 Error BatchExecutor::not_begun() const noexcept {

@@ -140,7 +140,7 @@ class BatchExecutor {
   backends::BackendOpResult execute_one(const backends::BackendOp& op) noexcept;
 
   /// The last steps of an unmap, in the contract's order: the pin, then the IOVA, which may be handed out from here on.
-  void retire(MappingRecord* record) noexcept {
+  [[gnu::always_inline]] void retire(MappingRecord* record) noexcept {
     const IovaRange range = record->range;
     const std::uint32_t memory_index = record->region;
     space_.index.erase(record);
@@ -182,6 +182,7 @@ class BatchExecutor {
   std::uint32_t at_ = 0;  // the operation that is being planned
   std::uint32_t count_ = 0;
   bool* link_broken_ = nullptr;
+  bool for_another_ = false;
   std::uint32_t refused_ = 0;  // of this slice
   // The call that is being made, for recover().
   Step step_ = Step::none;

@@ -4,6 +4,7 @@
 
 #include "base/error_text.hpp"
 #include "engine/batch_executor.hpp"
+#include "engine/engine_event.hpp"
 
 namespace iovane::engine {
 
@@ -286,6 +287,8 @@ void BatchExecutor::quarantine(MappingRecord& record) noexcept {
   record.state = MappingState::quarantined;
   (*space_.counters)[Count::quarantined_mappings].add();
   (*space_.counters)[Count::quarantined_bytes].add(record.range.length().value);
+  IOVANE_TRACE(base::TraceLevel::error, EngineEvent, mapping_quarantined, space_.number, record.range.start.value,
+               record.range.last.value, 0);
 }
 
 // A refusal keeps the pin until the space closes.

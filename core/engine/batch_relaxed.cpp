@@ -9,6 +9,7 @@
 
 #include "base/error_text.hpp"
 #include "engine/batch_executor.hpp"
+#include "engine/engine_event.hpp"
 #include "engine/monotonic.hpp"
 
 namespace iovane::engine {
@@ -102,6 +103,7 @@ Bytes BatchExecutor::flush_stale() noexcept {
   SpaceCounters& counters = *space_.counters;
   counters[Count::flushes].add();
   counters[Count::flushed].add(members.size());
+  IOVANE_TRACE(base::TraceLevel::batch, EngineEvent, stale_flush, space_.number, members.size(), removed, 0);
   space_.stale->clear();
   publish_gauges();
   if (space_.memories.has_orphans()) forget_orphans();

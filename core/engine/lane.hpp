@@ -82,7 +82,7 @@ class alignas(base::cacheline_bytes) Lane {
 
   /// Before the lane is used. Null: a turn lasts as long as work arrives.
   void set_relief(LaneRelief* relief) noexcept { relief_ = relief; }
-  /// Once, by the holder; it lives as long as the lane. Null until then: no thread that may end enters the lane.
+  /// Once, before the lane is used; it lives as long as the lane. Null: no thread that may end enters the lane.
   void set_heir(LaneHeir* heir) noexcept {
     heir_.store(heir, std::memory_order_release);  // R.heir - pairs with A.heir: what it consists of
   }

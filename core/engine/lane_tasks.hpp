@@ -5,6 +5,7 @@
 #include "engine/batch_executor.hpp"
 #include "engine/lane.hpp"
 #include "engine/monotonic.hpp"
+#include "engine/node_resources.hpp"
 #include "engine/space_state.hpp"
 #include "engine/worker.hpp"
 
@@ -34,13 +35,14 @@ class StaleFlusher final : public WorkerTask, public StaleTimer {
   BatchExecutor& executor_;
 };
 
-/// Settles what a worker that ended left behind. Lives as long as the lane.
-class WorkerHeir final : public LaneHeir {
+/// Settles what a worker that ended left behind in an address space's lane. Any of the engine's: a handler that one of
+/// them runs may work in any address space.
+class WorkersHeir final : public LaneHeir {
  public:
-  WorkerHeir(Worker& worker, SpaceState& state, BatchExecutor& executor) noexcept
-      : worker_{worker}, state_{state}, executor_{executor} {}
+  WorkersHeir(NodeResources& nodes, SpaceState& state, BatchExecutor& executor) noexcept
+      : nodes_{nodes}, state_{state}, executor_{executor} {}
 
-  void look() noexcept override { worker_.inherit_if_dead(); }
+  void look() noexcept override { nodes_.inherit_from_dead(); }
   void recover() noexcept override {
     executor_.recover();
     // The thread may have been the timer, and ended before it said when to run again.
@@ -50,7 +52,7 @@ class WorkerHeir final : public LaneHeir {
   }
 
  private:
-  Worker& worker_;
+  NodeResources& nodes_;
   SpaceState& state_;
   BatchExecutor& executor_;
 };

@@ -192,7 +192,7 @@ class MappingIndex {
 
 // An entry for `range` above `below` (nothing: the lowest) that nothing points at yet; nullptr when something is in the
 // way, or there is no room.
-inline MappingIndex::Entry* MappingIndex::enter(IovaRange range, Entry* below) noexcept {
+[[gnu::always_inline]] inline MappingIndex::Entry* MappingIndex::enter(IovaRange range, Entry* below) noexcept {
   Entry* const above = below != nullptr ? below->next : head_;
   if (below != nullptr && below->record.range.last >= range.start) [[unlikely]]
     return nullptr;

@@ -38,6 +38,19 @@ Result<Worker*> NodeResources::worker(unsigned node) {
   return workers_[node].get();
 }
 
+// Without the lock while lanes are taken over: they go on with what waits in them.
+void NodeResources::inherit_from_dead() noexcept {
+  for (std::size_t node = 0;; ++node) {
+    Worker* worker = nullptr;
+    {
+      const std::lock_guard held{lock_};
+      if (node >= workers_.size()) return;
+      worker = workers_[node].get();
+    }
+    if (worker != nullptr) worker->inherit_if_dead();
+  }
+}
+
 base::MemorySource& NodeResources::memory(unsigned node) {
   const std::lock_guard held{lock_};
   const base::Topology& machine = topology();

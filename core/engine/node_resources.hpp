@@ -25,6 +25,9 @@ class NodeResources {
   /// The worker of a node, started if need be; it lives as long as this object. Errors: unsupported (switched off by
   /// WorkerConfig::enabled), and those of starting a thread.
   Result<Worker*> worker(unsigned node);
+  /// For those who wait for a lane: takes over the lanes that workers held whose threads have ended. Not while a worker
+  /// is started in the same call.
+  void inherit_from_dead() noexcept;
   /// Memory that prefers the node; plain heap where there is only one.
   base::MemorySource& memory(unsigned node);
 

@@ -64,8 +64,8 @@ std::size_t QueueCore::poll(std::span<Completion> out) noexcept {
     completed_seen_ = completed_.load(std::memory_order_acquire);
   }
   const std::size_t count = std::min<std::size_t>(out.size(), completed_seen_ - taken_);
-  if (count == 0 && worker_ != nullptr && (++empty_polls_ & (empty_polls_per_look - 1)) == 0) [[unlikely]]
-    worker_->stand_in_if_dead();
+  if (count == 0 && (++empty_polls_ & (empty_polls_per_look - 1)) == 0) [[unlikely]]
+    look();
   for (std::size_t i = 0; i < count; ++i) {
     // Member by member, as it was written, perhaps just now: see stage().
     const Completion& from = completions_[taken_++ & mask_];
@@ -77,6 +77,12 @@ std::size_t QueueCore::poll(std::span<Completion> out) noexcept {
     to.mapping = from.mapping;
   }
   return count;
+}
+
+// Whether somebody has ended who had our batch: the worker it was handed to, or any that had the lane.
+void QueueCore::look() noexcept {
+  if (worker_ != nullptr) worker_->stand_in_if_dead();
+  space_->lane().look();
 }
 
 std::size_t QueueCore::wait(std::span<Completion> out, std::size_t count_min,
@@ -101,11 +107,11 @@ std::size_t QueueCore::wait(std::span<Completion> out, std::size_t count_min,
           break;
         }
       }
-      const bool watching = worker_ != nullptr && (left.count() < 0 || left > Worker::death_watch);
+      const bool watching = left.count() < 0 || left > Worker::death_watch;
       if (watching) left = Worker::death_watch;
       base::futex_wait(wakeups_, ticket, left);
       // relaxed: a look; poll() below takes with acquire.
-      if (watching && completed_.load(std::memory_order_relaxed) == taken_) worker_->stand_in_if_dead();
+      if (watching && completed_.load(std::memory_order_relaxed) == taken_) look();
     }
     sleeping_.store(false, std::memory_order_relaxed);  // relaxed: at worst one needless wake
     count += poll(out.subspan(count));

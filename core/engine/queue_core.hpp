@@ -76,6 +76,7 @@ class QueueCore final : public LaneNode {
   void deliver(std::uint32_t count) noexcept;
   /// Tells the owner of the last delivery, wherever it wants to hear of it; again where a thread ended over that.
   void announce() noexcept;
+  void look() noexcept;
   /// True when an operation that was linked to the next one failed; lives as long as the queue, so a chain may span
   /// batches.
   bool link_broken = false;

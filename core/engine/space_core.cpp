@@ -7,6 +7,7 @@
 #include "base/error_text.hpp"
 #include "engine/direct_batch.hpp"
 #include "engine/engine_core.hpp"
+#include "engine/engine_event.hpp"
 #include "engine/out_of_memory.hpp"
 #include "engine/queue_core.hpp"
 
@@ -15,6 +16,8 @@ namespace iovane::engine {
 using base::fail;
 
 namespace {
+
+std::atomic<std::uint64_t> next_number{1};
 
 Error check_bounds(const AddressSpaceConfig& config) noexcept {
   if (config.unmap == UnmapMode::strict) return {};
@@ -58,6 +61,8 @@ Result<std::shared_ptr<SpaceCore>> SpaceCore::create(std::shared_ptr<EngineCore>
         has(core->state_.backend->facts().capabilities, backends::Capability::promise_ranges)) {
       if (const auto promised = core->state_.backend->promise(config.promised); !promised) return promised.error();
     }
+    IOVANE_TRACE(base::TraceLevel::change, EngineEvent, space_opened, core->state_.number, node,
+                 config.unmap == UnmapMode::relaxed, 0);
     return core;
   } catch (const std::bad_alloc&) {
     return make_error(Errc::out_of_memory, Stage::open, "no memory for an address space");
@@ -72,8 +77,10 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
       state_{.backend = std::move(backend),
              .index = std::move(index),
              .memories = MemoryTable{config.memories_max},
-             .counters = &counters_},
+             .counters = &counters_,
+             .number = next_number.fetch_add(1, std::memory_order_relaxed)},  // relaxed: only told apart
       executor_{std::make_unique<BatchExecutor>(state_)},
+      heir_{engine_->nodes(), state_, *executor_},
       interface_{state_.backend->facts().interface} {
   facts_.backend = engine_->backend_name();
   if (StatsPage* const page = engine_->stats_page()) {
@@ -81,6 +88,7 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
     if (published_ != nullptr) state_.counters = &published_->counters;
   }
   refresh_facts();
+  lane_.set_heir(&heir_);
 }
 
 SpaceCore::~SpaceCore() {
@@ -108,6 +116,8 @@ CloseReport SpaceCore::close() noexcept {
     state_.stale_timer = nullptr;
     lane_.set_relief(nullptr);
   }
+  IOVANE_TRACE(base::TraceLevel::change, EngineEvent, space_closed, state_.number, report.unmapped.value,
+               report.mappings_given_up, report.bytes_given_up.value);
   // Nobody posts these any more. Outside of the lane: the worker may be waiting for it.
   if (flusher_) worker_->forget(*flusher_);
   if (relief_) worker_->forget(*relief_);
@@ -120,14 +130,11 @@ Result<void> SpaceCore::start_worker() {
   const auto worker = engine_->nodes().worker(node_);
   if (!worker) return worker.error();
   auto relief = std::make_unique<Relief>(**worker, lane_, state_);
-  auto heir = std::make_unique<WorkerHeir>(**worker, state_, *executor_);
   const LaneHold lane{lane_};
   if (state_.closed) return closed_error();
   worker_ = *worker;
   relief_ = std::move(relief);
   lane_.set_relief(relief_.get());
-  heir_ = std::move(heir);
-  lane_.set_heir(heir_.get());
   return {};
 }
 
@@ -141,7 +148,10 @@ Result<std::unique_ptr<QueueCore>> SpaceCore::open_queue(const QueueConfig& conf
     expect_company();
     if (needs_worker)
       if (const auto started = start_worker(); !started) return started.error();
-    return std::make_unique<QueueCore>(shared_from_this(), config, needs_worker ? worker_ : nullptr);
+    auto queue = std::make_unique<QueueCore>(shared_from_this(), config, needs_worker ? worker_ : nullptr);
+    IOVANE_TRACE(base::TraceLevel::change, EngineEvent, queue_opened, state_.number, config.depth,
+                 config.submit == SubmitMode::never_block, 0);
+    return queue;
   } catch (const std::bad_alloc&) {
     return fail(Errc::out_of_memory, Stage::open, 0, "no memory for a queue of depth {}", config.depth);
   }
@@ -197,6 +207,7 @@ Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
   }
   refresh_facts();
   name_device(std::move(named), attached->id);
+  trace_attached(attached->id);
   return DeviceInfo{attached->id.value, std::move(attached->name), attached->device_fd, std::move(attached->reserved)};
 }
 
@@ -214,7 +225,17 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
   refresh_facts();
   // The device is gone in any case: what cannot be read now is read with the next one, but what vanished is told.
   const auto refreshed = refresh_usable();
+  trace_detached(backends::DeviceId{device_id});
   return refreshed || refreshed.error().code != Errc::iova_reserved ? Result<void>{} : refreshed;
+}
+
+void SpaceCore::trace_attached(backends::DeviceId device) const noexcept {
+  IOVANE_TRACE(base::TraceLevel::change, EngineEvent, device_attached, state_.number, device.value,
+               state_.usable.size(), 0);
+}
+void SpaceCore::trace_detached(backends::DeviceId device) const noexcept {
+  IOVANE_TRACE(base::TraceLevel::change, EngineEvent, device_detached, state_.number, device.value,
+               state_.usable.size(), 0);
 }
 
 SpaceCore::DeviceNames::node_type SpaceCore::named_device(const backends::DeviceSource& source) {

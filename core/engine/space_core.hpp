@@ -116,6 +116,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   /// Takes a device out of the backend. Called with the lane held.
   Result<void> release_device(backends::DeviceId device);
   void devices_came() noexcept;
+  void trace_attached(backends::DeviceId device) const noexcept;
+  void trace_detached(backends::DeviceId device) const noexcept;
   void stop_pump() noexcept;
   /// An entry to be made one of device_names_ when the device has its id: that cannot fail.
   static DeviceNames::node_type named_device(const backends::DeviceSource& source);
@@ -145,12 +147,12 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   StatsSlot* published_ = nullptr;  // where the counters are instead, when others may look
   SpaceState state_;
   std::unique_ptr<BatchExecutor> executor_;
+  WorkersHeir heir_;
   std::mutex recovery_lock_;  // before the lane
   std::mutex worker_lock_;
   Worker* worker_ = nullptr;  // the engine's; set once
   std::unique_ptr<StaleFlusher> flusher_;
   std::unique_ptr<Relief> relief_;
-  std::unique_ptr<WorkerHeir> heir_;
   std::mutex pump_lock_;
   std::unique_ptr<PageFaultPump> pump_;
   std::atomic<std::uint32_t> companions_{0};

@@ -77,6 +77,7 @@ Result<DeviceInfo> SpaceCore::move_device_now(std::uint32_t device_id, SpaceCore
     layout_->forget(name_of(source));
     to.name_device(std::move(named), moved->id);
     device_names_.erase(device_id);
+    trace_detached(backends::DeviceId{device_id});
     return to.moved_in(*std::move(moved), *this);
   }
   if (moved.error().code != Errc::unsupported || gap == AddressSpace::Gap::refuse) return moved.error();
@@ -88,6 +89,7 @@ Result<DeviceInfo> SpaceCore::moved_in(backends::AttachedDevice device, SpaceCor
   refresh_facts();
   from.refresh_facts();
   (void)from.refresh_usable();  // a device less takes nothing away
+  trace_attached(device.id);
   return DeviceInfo{device.id.value, std::move(device.name), device.device_fd, std::move(device.reserved)};
 }
 
@@ -104,6 +106,7 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
     return detached.error();
   }
   device_names_.erase(name);
+  trace_detached(backends::DeviceId{device_id});
   auto attached = or_out_of_memory(Stage::attach, [&] { return to.state_.backend->attach(source); });
   Error refused = attached.error();
   if (attached) {
@@ -121,7 +124,10 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
   to.layout_->forget(name_of(source));
   const auto back = or_out_of_memory(Stage::attach, [&] { return state_.backend->attach(source); });
   if (!back) layout_->forget(name_of(source));
-  if (back) name_device(std::move(named), back->id);
+  if (back) {
+    name_device(std::move(named), back->id);
+    trace_attached(back->id);
+  }
   refresh_facts();
   (void)refresh_usable();
   if (back)

@@ -36,6 +36,7 @@ struct SpaceState {
   StaleTimer* stale_timer = nullptr;  ///< null: none runs
   bool stale_timer_armed = false;
   std::unique_ptr<StaleSet> stale{};  ///< null in strict mode
+  std::uint64_t number = 0;           ///< in EngineEvents
   bool closed = false;
   Bytes granule{4096};       ///< of the backend's facts, as of the last attach
   Bytes unmap_hole_max{};    ///< likewise

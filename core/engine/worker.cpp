@@ -14,6 +14,7 @@
 #include "base/error_text.hpp"
 #include "base/fault_point.hpp"
 #include "base/futex.hpp"
+#include "engine/engine_event.hpp"
 #include "engine/lane.hpp"
 #include "engine/monotonic.hpp"
 
@@ -140,7 +141,10 @@ bool Worker::is_this_thread() const noexcept { return my_role == this; }
 
 // Waits for the role.
 void Worker::take_role() noexcept {
-  if (pthread_mutex_lock(&role_) == EOWNERDEAD) pthread_mutex_consistent(&role_);
+  if (pthread_mutex_lock(&role_) == EOWNERDEAD) {
+    pthread_mutex_consistent(&role_);
+    IOVANE_TRACE(base::TraceLevel::error, EngineEvent, worker_died, 0, 0, 0, 0);
+  }
   my_role = this;
   note_unfinished();
   dead_.store(false, std::memory_order_relaxed);  // relaxed: see is_dead()
@@ -159,12 +163,14 @@ bool Worker::take_role_of_dead() noexcept {
     return false;  // alive, or somebody else stands in, who looks at the stack once more after letting go
   my_role = this;
   note_unfinished();
+  if (taken == EOWNERDEAD) IOVANE_TRACE(base::TraceLevel::error, EngineEvent, worker_died, 0, 0, 0, 0);
   dead_.store(true, std::memory_order_relaxed);  // relaxed: see is_dead()
   return true;
 }
 
-void Worker::give_role_back() noexcept {
-  my_role = nullptr;
+// To the role that this thread has itself, if it is another worker.
+void Worker::give_role_back(const Worker* own) noexcept {
+  my_role = own;
   pthread_mutex_unlock(&role_);
 }
 
@@ -182,19 +188,21 @@ void Worker::take_over_lanes() noexcept {
 
 void Worker::inherit_if_dead() noexcept {
   if (my_role == this) return take_over_lanes();
+  const Worker* const own = my_role;
   if (!take_role_of_dead()) return;
   take_over_lanes();
-  give_role_back();
+  give_role_back(own);
 }
 
 void Worker::stand_in_if_dead() noexcept {
+  const Worker* const own = my_role;
   do {
     if (!take_role_of_dead()) return;
     take_over_lanes();
     while (run_posted()) {
     }
     (void)run_timers();
-    give_role_back();
+    give_role_back(own);
     // sequentially consistent: after the unlock. A post whose owner found the role taken came before, and is seen here.
   } while (head_.load(std::memory_order_seq_cst) != nullptr);
 }

@@ -125,7 +125,7 @@ class Worker {
   void push(WorkerTask& task) noexcept;
   void take_role() noexcept;
   bool take_role_of_dead() noexcept;
-  void give_role_back() noexcept;
+  void give_role_back(const Worker* own) noexcept;
   void take_over_lanes() noexcept;
   void note_unfinished() noexcept;
   void main() noexcept;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -16,6 +17,7 @@
 #include "backends/kernel_decorators.hpp"
 #include "backends/model/model_kernel.hpp"
 #include "backends/open.hpp"
+#include "base/unique_fd.hpp"
 #include "engine/direct_batch.hpp"
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
@@ -44,13 +46,14 @@ class DeadlyKernel final : public backends::KernelDecorator {
   long ioctl(int fd, unsigned long request, void* argument) noexcept override {
     const bool counts = on_thread('w') || (understudy_too_ && on_thread('u'));
     if (!counts || left_ == 0 || --left_ != 0) return inner().ioctl(fd, request, argument);
-    if (!fired && understudy_too_) left_ = 2;  // and the understudy in the second call of its own
-    fired = true;
+    // relaxed: nothing is read through it.
+    if (!fired.load(std::memory_order_relaxed) && understudy_too_) left_ = 2;  // and the understudy in its second call
     if (when_ == When::after_call) (void)inner().ioctl(fd, request, argument);
+    fired.store(true, std::memory_order_relaxed);
     ::syscall(SYS_exit, 0);
     return -EIO;
   }
-  bool fired = false;
+  std::atomic<bool> fired{false};
 
  private:
   std::uint64_t left_;
@@ -171,7 +174,7 @@ TEST_P(WorkerDeath, InAnyKernelCallLosesNothing) {
       refused_ = 0;
       open(deadly);
       workload();
-      fired = deadly.fired;
+      fired = deadly.fired.load(std::memory_order_relaxed);  // relaxed: see DeadlyKernel
       EXPECT_TRUE(fired || refused_ == 0);
       index_and_kernel_agree();
       all_is_usable_again();
@@ -251,6 +254,63 @@ TEST_P(WorkerDeath, TakesNoDirectBatchAlong) {
       if (HasFailure()) return;
     }
     EXPECT_GT(n, 5U) << "the sweep reached hardly anything";
+  }
+}
+
+/// A handler works in an address space that has no worker of its own, or one of another node, and its thread ends
+/// there.
+TEST(WorkerDeathElsewhere, InALaneOfAnotherAddressSpaceLosesNothing) {
+#ifdef IOVANE_SANITIZED
+  GTEST_SKIP() << "sanitizers do not bear a thread that ends by system call";
+#endif
+  struct Memory : test::WorkloadMemory {
+    using WorkloadMemory::at;
+    using WorkloadMemory::expect_agreement;
+    using WorkloadMemory::expect_usable;
+    using WorkloadMemory::memory;
+    using WorkloadMemory::request;
+  } world;
+  for (const bool understudy : {true, false}) {
+    for (const auto when : {DeadlyKernel::When::before_call, DeadlyKernel::When::after_call}) {
+      for (std::uint64_t n = 1; n <= 3; ++n) {
+        SCOPED_TRACE(::testing::Message() << "call " << n << (when == DeadlyKernel::When::after_call ? ", done" : "")
+                                          << (understudy ? "" : ", alone"));
+        auto kernel = *ModelKernel::create();
+        DeadlyKernel deadly{*kernel, n, when, false};
+        Engine engine = EngineAccess::open(*backends::open_backend(deadly, {.name = "iommufd"}), "model",
+                                           {.understudy = understudy});
+        AddressSpaceConfig config;
+        config.layout = LayoutPolicy::fixed;
+        AddressSpace watched = *engine.create_address_space(config);
+        AddressSpace other = *engine.create_address_space(config);
+        ASSERT_TRUE(other.attach({.pci_address = kernel->device(0).address()}));
+        Queue queue = *other.open_queue({.depth = 16});
+        const base::UniqueFd bell{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+        const Watch watch = *watched.watch(bell.get(), [&] {
+          std::uint64_t count = 0;
+          if (::read(bell.get(), &count, sizeof count) != ssize_t{sizeof count}) return true;
+          (void)other.map(world.request(0, world.memory(0)));
+          (void)other.map(world.request(2, world.memory(2)));
+          (void)other.unmap(UnmapRequest::of(Memory::at(0)));
+          return true;
+        });
+        const std::uint64_t one = 1;
+        ASSERT_EQ(::write(bell.get(), &one, sizeof one), ssize_t{sizeof one});
+        const auto begun = std::chrono::steady_clock::now();
+        while (!deadly.fired.load(std::memory_order_relaxed) && std::chrono::steady_clock::now() - begun < 20s)
+          std::this_thread::sleep_for(1ms);
+        ASSERT_TRUE(deadly.fired.load(std::memory_order_relaxed));
+        std::array<Completion, 1> done;
+        EXPECT_TRUE(queue.stage(world.request(8, world.memory(8))));
+        queue.submit();
+        ASSERT_EQ(queue.wait(done, 1, 20s), 1U) << "the lane is held by nobody";
+        EXPECT_TRUE(done[0].ok()) << done[0].error.message();
+        Memory::expect_agreement(other, kernel->device(0));
+        EXPECT_EQ(other.stats().quarantined_mappings, 0U);
+        EXPECT_TRUE(other.unmap_all());
+        world.expect_usable(other, kernel->device(0));
+      }
+    }
   }
 }
 
