@@ -16,7 +16,8 @@
 //   stack. With an event_fd() it writes to that afterwards, and the destructor waits for the end of the turn.
 // Death: `executing_` says whether a thread that ended had more to do than to tell (resume()).
 // Proven by: tests/unit/direct_batch_test.cpp, tests/model/direct_batch_model_test.cpp (beside a queue),
-//   tests/stress/engine_stress_test.cpp (TSan), tests/fault/direct_batch_sweep_test.cpp, tests/fault/worker_death_test.cpp.
+//   tests/stress/engine_stress_test.cpp (TSan), tests/fault/direct_batch_sweep_test.cpp,
+//   tests/fault/worker_death_test.cpp.
 #pragma once
 
 #include <chrono>

@@ -27,7 +27,7 @@ namespace iovane {
 namespace engine {
 class DirectBatch;
 class SpaceCore;
-}
+}  // namespace engine
 namespace pinning {
 class Hold;
 }
