@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "backends/dirty.hpp"
+#include "backends/memlock_use.hpp"
 #include "backends/page_fault.hpp"
 #include "iovane/fault_record.hpp"
 #include "iovane/result.hpp"
@@ -40,6 +41,11 @@ enum class Interface : std::uint8_t {
   stage1,     ///< first-stage tables of our own on a nesting parent
 };
 std::string_view to_string(Interface interface) noexcept;
+/// A VFIO container of the kernel's own: no maps without a device, and none outlives the last one.
+constexpr bool is_container(Interface interface) noexcept {
+  return interface == Interface::type1_v2 || interface == Interface::type1_v1 || interface == Interface::spapr_v1 ||
+         interface == Interface::spapr_v2;
+}
 
 /// What a space can do. Queried once, after creation; attaching devices may change numbers, never bits.
 enum class Capability : std::uint32_t {
@@ -74,6 +80,8 @@ struct SpaceFacts {
   Bytes granule{4096};            ///< smallest unit of IOVA and of memory
   std::uint64_t page_sizes = 0;   ///< bit n: IOPTEs of 2^n bytes are possible; 0 when unknown before an attach
   std::uint64_t entries_max = 0;  ///< live mappings that the kernel accepts; 0: no such limit
+  /// An unmap over unmapped granules that are wider than this costs more than a second unmap would.
+  Bytes unmap_hole_max{~std::uint64_t{0}};
   bool dirty_reads_whole_mappings = false;  ///< read_dirty() may not begin or stop inside a mapping
 };
 
@@ -151,6 +159,7 @@ struct SpaceOptions {
 struct Headroom {
   std::optional<std::uint64_t> entries;  ///< further live mappings
   std::optional<Bytes> memlock;          ///< further pinned bytes under the limit; nothing when unlimited
+  MemlockUse memlock_use{};              ///< the whole account
 };
 
 /// One I/O address space. Threads: execute() as Capability::parallel_map says, otherwise one thread at a time; all

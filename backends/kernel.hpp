@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "backends/memlock_use.hpp"
 #include "iovane/result.hpp"
 #include "iovane/types.hpp"
 
@@ -26,16 +27,6 @@ struct PciDevice {
   std::string cdev;    ///< "/dev/vfio/devices/vfio0", empty when the kernel offers none
   int numa_node = -1;
   std::vector<IovaRange> reserved;  ///< the group's reserved regions (sysfs reserved_regions), sorted
-};
-
-/// The process's account of pinned memory. The kernel charges pins to RLIMIT_MEMLOCK in two ways: type1 to the locked
-/// memory of the process, iommufd to a count per user of which this process's part is visible as pinned memory.
-/// CAP_IPC_LOCK waives both.
-struct MemlockUse {
-  std::optional<Bytes> limit;  ///< RLIMIT_MEMLOCK's soft value; nothing when unlimited
-  Bytes locked{};              ///< VmLck of /proc/self/status
-  Bytes pinned{};              ///< VmPin of /proc/self/status
-  bool exempt = false;         ///< CAP_IPC_LOCK is effective
 };
 
 /// System calls as the backends need them. Implementations: SystemKernel, model::ModelKernel, and decorators.

@@ -29,11 +29,13 @@ Error explain_range(const MapFailure& f, std::span<const IovaRange> usable) noex
 
 }  // namespace
 
-std::optional<Bytes> memlock_left(Kernel& kernel, MemlockAccount account) noexcept {
-  const MemlockUse use = kernel.memlock();
-  if (!limited(use)) return std::nullopt;
-  const std::uint64_t used = used_bytes(use, account);
-  return Bytes{used < use.limit->value ? use.limit->value - used : 0};
+Headroom memlock_headroom(Kernel& kernel, MemlockAccount account) noexcept {
+  Headroom room{.entries = std::nullopt, .memlock = std::nullopt, .memlock_use = kernel.memlock()};
+  if (!limited(room.memlock_use)) return room;
+  const std::uint64_t limit = room.memlock_use.limit->value;
+  const std::uint64_t used = used_bytes(room.memlock_use, account);
+  room.memlock = Bytes{used < limit ? limit - used : 0};
+  return room;
 }
 
 Error explain_no_memory(Kernel& kernel, MemlockAccount account, Stage stage, std::string_view call,

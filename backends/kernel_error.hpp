@@ -16,8 +16,8 @@ enum class MemlockAccount : std::uint8_t {
   process_locked,  ///< type1: per process
 };
 
-/// Further bytes that may be pinned under the limit; nothing when there is no limit. Reads /proc.
-std::optional<Bytes> memlock_left(Kernel& kernel, MemlockAccount account) noexcept;
+/// What is left under the limit, and the account; says nothing about entries. Reads /proc.
+Headroom memlock_headroom(Kernel& kernel, MemlockAccount account) noexcept;
 
 /// A map that the kernel refused.
 struct MapFailure {

@@ -81,7 +81,10 @@ Result<std::vector<PciDevice>> SystemKernel::pci_devices() { return read_pci_inv
 MemlockUse SystemKernel::memlock() noexcept {
   MemlockUse use;
   rlimit limit{};
-  if (::getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) use.limit = Bytes{limit.rlim_cur};
+  if (::getrlimit(RLIMIT_MEMLOCK, &limit) == 0) {
+    if (limit.rlim_cur != RLIM_INFINITY) use.limit = Bytes{limit.rlim_cur};
+    if (limit.rlim_max != RLIM_INFINITY) use.hard_limit = Bytes{limit.rlim_max};
+  }
   try {
     std::ifstream status{"/proc/self/status"};
     for (std::string line; std::getline(status, line);) {

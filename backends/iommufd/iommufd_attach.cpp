@@ -115,15 +115,21 @@ Result<AttachedDevice> IommufdSpace::attach(const DeviceSource& source) {
   const auto before = usable_ranges();
   auto device = shared_.bind(source);
   if (!device) return device.error();
-  if (const auto connected = connect(*device); !connected) {
-    shared_.unbind(*device);
-    return connected.error();
+  try {
+    if (const auto connected = connect(*device); !connected) {
+      shared_.unbind(*device);
+      return connected.error();
+    }
+    if (const auto after = usable_ranges(); device->reserved.empty() && before && after)
+      device->reserved = without(*before, *after);
+    AttachedDevice described = describe(*device);
+    devices_.push_back(std::move(*device));
+    devices_changed();
+    return described;
+  } catch (...) {
+    shared_.unbind(*device);  // and closing its descriptor detaches it
+    throw;
   }
-  if (const auto after = usable_ranges(); device->reserved.empty() && before && after)
-    device->reserved = without(*before, *after);
-  devices_.push_back(std::move(*device));
-  devices_changed();
-  return describe(devices_.back());
 }
 
 Result<void> IommufdSpace::detach(DeviceId device) {

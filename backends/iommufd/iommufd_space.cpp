@@ -225,8 +225,6 @@ Result<void> IommufdSpace::promise(std::span<const IovaRange> ranges) {
   return ioas_allow(shared_.kernel(), shared_.fd(), ioas_, ranges);
 }
 
-Headroom IommufdSpace::headroom() noexcept {
-  return {.entries = std::nullopt, .memlock = memlock_left(shared_.kernel(), MemlockAccount::user_pinned)};
-}
+Headroom IommufdSpace::headroom() noexcept { return memlock_headroom(shared_.kernel(), MemlockAccount::user_pinned); }
 
 }  // namespace iovane::backends::iommufd

@@ -56,11 +56,17 @@ Result<const StagedMemory*> Staging::acquire(const MemoryRange& memory) {
   if (!room) return room.error();
   registrations_.push_back({memory, *room, true, 1});
   StagedMemory& staged = registrations_.back();
+  try {
+    used_.emplace(room->start.value, room->last.value);
+  } catch (...) {
+    registrations_.pop_back();
+    throw;
+  }
   if (const auto mapped = map_chunks(staged); !mapped) {
+    used_.erase(room->start.value);
     registrations_.pop_back();
     return mapped.error();
   }
-  used_.emplace(room->start.value, room->last.value);
   return &staged;
 }
 

@@ -216,6 +216,7 @@ MemlockUse ModelKernel::memlock() noexcept {
   const auto bytes = [](std::int64_t n) { return Bytes{static_cast<std::uint64_t>(n) * os_page_bytes}; };
   const auto orphans = static_cast<std::int64_t>(host_.spapr_memory.orphan_pages());
   return {.limit = host_.options.memlock.limit,
+          .hard_limit = host_.options.memlock.limit,
           .locked = bytes(container_pages.process + iommufd_pages.process + orphans),
           .pinned = bytes(iommufd_pages.pinned),
           .exempt = host_.options.memlock.ipc_lock};

@@ -17,9 +17,6 @@ namespace {
 
 namespace uapi = backends::uapi::vfio;
 
-// An unmap call costs about what the kernel's walk over this many empty TCEs does (docs/SPAPR.md has the numbers).
-constexpr std::uint64_t hole_max = 8;
-
 /// Linux answers EINVAL or EPERM, by version.
 Error too_small_pages(int os_errno, std::uint64_t address, std::uint64_t page) noexcept {
   return base::fail(Errc::bad_memory, Stage::map, os_errno,
@@ -393,9 +390,7 @@ Result<void> SpaprSpace::promise(std::span<const IovaRange>) {
                     "a sPAPR container cannot promise ranges; windows stay as they are until they are removed");
 }
 
-Headroom SpaprSpace::headroom() noexcept {
-  return {.entries = std::nullopt, .memlock = memlock_left(kernel_, MemlockAccount::process_locked)};
-}
+Headroom SpaprSpace::headroom() noexcept { return memlock_headroom(kernel_, MemlockAccount::process_locked); }
 
 Bytes SpaprSpace::hand_to_kernel(IovaRange range) noexcept {
   Bytes sum{};

@@ -21,6 +21,9 @@
 
 namespace iovane::backends::spapr {
 
+/// An unmap call costs about what the kernel's walk over this many empty TCEs does (docs/SPAPR.md has the numbers).
+inline constexpr std::uint64_t hole_max = 8;
+
 class SpaprSpace final : public BackendSpace, public SpaprControl {
  public:
   SpaprSpace(Kernel& kernel, KernelFd container, Interface interface, ProcessMemory& process,

@@ -245,6 +245,8 @@ void SpaprSpace::facts_of_windows() noexcept {
   facts_.page_sizes = 0;
   for (const TceBook& book : books_) facts_.page_sizes |= book.page();
   facts_.granule = Bytes{facts_.page_sizes == 0 ? 4096 : std::uint64_t{1} << std::countr_zero(facts_.page_sizes)};
+  // Of the smallest TCE: between larger ones a hole this wide is none, and each costs a call.
+  facts_.unmap_hole_max = Bytes{hole_max * facts_.granule.value};
 }
 
 std::vector<SpaprWindow> SpaprSpace::windows() const {

@@ -37,6 +37,7 @@ bool invalidate_smmuv3(Kernel& kernel, int fd, const InvalidationTarget& target,
                        bool everything, bool leaf) noexcept {
   std::array<smmuv3::Command, commands_max> commands;
   std::size_t count = 0;
+  everything = everything || spans.size() >= commands.size();
   for (const IovaRange& span : spans) {
     if (everything) break;
     const std::size_t more = smmuv3::commands_for(span, target.asid, target.range_invalidation, leaf, &commands[count],

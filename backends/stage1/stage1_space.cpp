@@ -1,6 +1,5 @@
 #include "backends/stage1/stage1_space.hpp"
 
-#include <algorithm>
 #include <cerrno>
 #include <utility>
 
@@ -13,10 +12,12 @@ namespace iovane::backends::stage1 {
 namespace {
 
 /// Entries stored before it are visible to the IOMMU before anything the caller does next (a doorbell, above all). On
-/// Arm a store to a device may pass earlier stores to memory; on x86 it may not, and there the store is all there is.
+/// Arm a store to a device may pass earlier stores to memory; on x86 it may not, and only the compiler is held back.
 void publish() noexcept {
 #if defined(__aarch64__)
   asm volatile("dsb ishst" ::: "memory");
+#else
+  asm volatile("" ::: "memory");
 #endif
 }
 
@@ -106,10 +107,22 @@ void Stage1Space::execute(std::span<const BackendOp> ops, std::span<BackendOpRes
       case OpKind::copy:
         if (batch.pending.touches(op.range)) [[unlikely]]
           settle(batch, ops, results, i);
-        results[i] = map(op, batch);
         mapped = true;
+        if (const std::uint64_t leaf = batch.run.leaf_for(op);
+            leaf != 0 && batch.is_page_nearby(op.range) && editor_->map_page(batch.session, op.range.start.value, leaf))
+            [[likely]]
+          results[i] = {{}, Bytes{page_bytes}};
+        else
+          results[i] = map(op, batch);
         break;
-      case OpKind::unmap: results[i] = unmap(op.range, batch); break;
+      case OpKind::unmap:
+        if (batch.is_page_nearby(op.range) && editor_->unmap_page(batch.session, op.range.start.value)) [[likely]] {
+          batch.pending.add(op.range);
+          results[i] = {{}, Bytes{page_bytes}};
+        } else {
+          results[i] = unmap(op.range, batch);
+        }
+        break;
       case OpKind::replace:
         results[i] = {base::fail(Errc::unsupported, Stage::map, 0,
                                  "the architecture forbids changing a valid entry to another; unmap and map again"),
@@ -142,9 +155,10 @@ void Stage1Space::settle(Batch& batch, std::span<const BackendOp> ops, std::span
   batch.first = count;
 }
 
-bool Stage1Space::is_usable(IovaRange range) const noexcept {
-  // A handful of windows.
-  return std::any_of(usable_.begin(), usable_.end(), [&](const IovaRange& window) { return window.contains(range); });
+const IovaRange* Stage1Space::window_of(IovaRange range) const noexcept {
+  for (const IovaRange& window : usable_)  // a handful
+    if (window.contains(range)) return &window;
+  return nullptr;
 }
 
 const iommufd::StagedMemory* Stage1Space::region_of(const BackendOp& op) const noexcept {
@@ -187,8 +201,10 @@ Result<std::uint64_t> Stage1Space::intermediate(const BackendOp& op, std::uint64
 
 BackendOpResult Stage1Space::map(const BackendOp& op, Batch& batch) noexcept {
   const bool aligned = ((op.range.start.value | (op.range.last.value + 1) | op.memory) & (page_bytes - 1)) == 0;
-  if (!aligned || op.access == Access::none || !is_usable(op.range)) [[unlikely]]
+  const IovaRange* const window = window_of(op.range);
+  if (!aligned || op.access == Access::none || window == nullptr) [[unlikely]]
     return {map_error(EINVAL, op), {}};
+  batch.window = *window;
   std::uint64_t mark = 0;
   const auto address = intermediate(op, mark);
   if (!address) [[unlikely]]
@@ -199,6 +215,9 @@ BackendOpResult Stage1Space::map(const BackendOp& op, Batch& batch) noexcept {
   if (verdict == MapVerdict::done) [[likely]] {
     if (first_stage_.invalidate_after_map) [[unlikely]]
       batch.pending.add(op.range);
+    else if (mark == 0)
+      batch.run.start(op.region, op.access, regions_[op.region.value - 1]->staged.length().value,
+                      first_stage_.format.leaf(0, *address - op.memory, op.access, 0));
     return {{}, Bytes{written}};
   }
   if (mark != 0) own_pins_.unmapped(*address + written, op.range.length().value - written, batch.dying);
@@ -240,6 +259,7 @@ BackendOpResult Stage1Space::unmap(IovaRange range, Batch& batch) noexcept {
   for (const IovaRange& window : usable_) {
     const auto part = window.intersection(range);
     if (!part) continue;
+    batch.window = window;
     if (((part->start.value | (part->last.value + 1)) & (page_bytes - 1)) != 0)
       return {base::fail(Errc::would_bisect, Stage::unmap, EINVAL,
                          "an unmap of [{:#x}, {:#x}] would cut a granule of {} bytes", range.start.value,
@@ -312,8 +332,6 @@ Result<std::size_t> Stage1Space::read_fault_records(std::span<FaultRecord> out) 
   return taken;
 }
 
-Headroom Stage1Space::headroom() noexcept {
-  return {.entries = std::nullopt, .memlock = memlock_left(shared_.kernel(), MemlockAccount::user_pinned)};
-}
+Headroom Stage1Space::headroom() noexcept { return memlock_headroom(shared_.kernel(), MemlockAccount::user_pinned); }
 
 }  // namespace iovane::backends::stage1

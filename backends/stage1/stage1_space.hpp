@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "backends/stage1/invalidation.hpp"
+#include "backends/stage1/map_run.hpp"
 #include "backends/stage1/nesting_unit.hpp"
 #include "backends/stage1/own_pins.hpp"
 #include "backends/stage1/table_editor.hpp"
@@ -48,7 +49,14 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
  private:
   struct Batch {
     explicit Batch(TableEditor& editor) noexcept : session{editor} {}
+    /// A page in the window where the operation before it was: what has a fast path.
+    bool is_page_nearby(IovaRange range) const noexcept {
+      return range.last.value - range.start.value == page_bytes - 1 && (range.start.value & (page_bytes - 1)) == 0 &&
+             window.contains(range);
+    }
     TableEditor::Session session;
+    IovaRange window{Iova{1}, Iova{0}};
+    MapRun run;
     PendingRanges pending;
     OwnPins::Dying dying;
     std::size_t first = 0;  // the oldest operation that waits for `pending`
@@ -70,7 +78,7 @@ class Stage1Space final : public BackendSpace, private TableWalkers, private Tab
   Error map_error(int os_errno, const BackendOp& op) noexcept;
   Error no_table_memory(Stage stage) noexcept;
   Error owing() const noexcept;
-  bool is_usable(IovaRange range) const noexcept;
+  const IovaRange* window_of(IovaRange range) const noexcept;
   /// Invalidates what the batch has cleared; operations up to `count` that wait for it fail if that fails.
   void settle(Batch& batch, std::span<const BackendOp> ops, std::span<BackendOpResult> results,
               std::size_t count) noexcept;

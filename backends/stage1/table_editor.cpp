@@ -365,9 +365,8 @@ MapVerdict TableEditor::map(Session& session, IovaRange range, std::uint64_t add
     if (large && format_.hint_bit != 0 && count >= before + group_entries &&
         (((iova ^ (address + written)) / page_bytes) % group_entries) == 0)
       hinted = (count - before) / group_entries * group_entries;
-    // R.entry - pairs with the walker's load: what the caller wrote to the memory before he mapped it is there.
-    for (std::size_t i = 0; i < count; ++i, entry += page_bytes)
-      entries[i].store(i - before < hinted ? entry | format_.hint_bit : entry, std::memory_order_release);
+    for (std::size_t i = 0; i < count; ++i, entry += page_bytes)  // relaxed: E1
+      entries[i].store(i - before < hinted ? entry | format_.hint_bit : entry, std::memory_order_relaxed);
     session.change_ += static_cast<std::uint32_t>(count);
     written += count * page_bytes;
   }

@@ -31,9 +31,14 @@
 //   anybody who parked and invalidated after he had seen none of the sixteen hinted, without a tag against ABA.
 // Linearization: map, the store of each entry; unmap, the store of 0; entering, the exchange that counts; leaving a
 //   place, the exchange of 0 for dead.
-// Edges: R.entry / A.entry - an entry's store is a release and a walk's load an acquire (the device's walker is ordered
-//   by its own address dependency), so whoever follows a pointer finds a complete table. R.users / A.users - what a
-//   session stored in a table happened before whoever finds it empty.
+// Edges: R.entry / A.entry - an entry that leads to a table is stored with release and loaded with acquire (the
+//   device's walker is ordered by its own address dependency), so whoever follows a pointer finds a complete table.
+//   R.users / A.users - what a session stored in a table happened before whoever finds it empty.
+// E1. A leaf of level 0 is stored relaxed: no thread reads memory through it. A device may, but what it finds there is
+//   promised only once the map has completed, and the caller's barrier before that (one for a batch) orders the
+//   entries, and what was written to the memory before them, before whatever tells the device. A device that strays in
+//   earlier reads what was mapped, no matter how old. Against others of the same group: I6, the order of the sixteen
+//   does not matter; whoever loosens them does so for an unmap, which comes after the map in the caller's order.
 // Failure and undo: map() checks that everything is free before it writes; if tables run out in the middle it says how
 //   far it came and the caller unmaps that. A failed invalidation leaves everything as it was, but for a group that
 //   lost its hint: its leaves stay parked, so that the device faults on them, until an unmap that touches the group
@@ -101,6 +106,18 @@ class TableEditor {
   MapVerdict map(Session& session, IovaRange range, std::uint64_t address, Access access, std::uint64_t mark,
                  bool large, std::uint64_t& written) noexcept;
 
+  /// map() of the one page at `iova` by `leaf`, where that takes nothing but the store. False, and nothing was done:
+  /// the session is in another table, or the place is taken; map() finds out.
+  bool map_page(Session& session, std::uint64_t iova, std::uint64_t leaf) noexcept {
+    if (session.region_ != iova >> shift_of(1)) return false;
+    Entry& place = session.table_->entries[index_of(iova, 0)];
+    // relaxed: nothing is read through it. The place is ours.
+    if (place.load(std::memory_order_relaxed) != 0) return false;
+    place.store(leaf, std::memory_order_relaxed);  // relaxed: E1
+    ++session.change_;
+    return true;
+  }
+
   /// Clears what is mapped inside `range`, cutting blocks and loosening groups at its borders. `cleared(iova, bytes,
   /// entry)` is called for each leaf. False when one could not be cut (no table, or its invalidation failed): what came
   /// before it is cleared.
@@ -114,6 +131,22 @@ class TableEditor {
       if (place != Place::block) return true;
     }
     return clear(session, root_, levels_ - 1, 0, range, cleared);
+  }
+
+  /// unmap() of the one page at `iova`, where that takes nothing but the store. False, and nothing was done: the
+  /// session is in another table, nothing is mapped, or the leaf has a hint or memory of its own; unmap() sees to it.
+  bool unmap_page(Session& session, std::uint64_t iova) noexcept {
+    if (session.region_ != iova >> shift_of(1)) return false;
+    Entry& place = session.table_->entries[index_of(iova, 0)];
+    const std::uint64_t special = format_.hint_bit | TableFormat::own_pin_bit;
+    // relaxed: the range is ours, and only leaves with a hint are anybody else's business. One that is plain now never
+    // had the hint, or whoever loosened its group has invalidated what it said (I7).
+    if ((place.load(std::memory_order_relaxed) & (special | TableFormat::valid_bit)) != TableFormat::valid_bit)
+      return false;
+    base::yield_point("table_editor.clear");
+    place.store(0, std::memory_order_relaxed);  // relaxed: the invalidation that follows orders it
+    --session.change_;
+    return true;
   }
 
   /// Whether nothing is mapped in `range`. Meaningful while nobody maps there.

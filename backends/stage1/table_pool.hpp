@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "backends/stage1/table_format.hpp"
+#include "base/cacheline.hpp"
 #include "iovane/result.hpp"
 
 namespace iovane::backends::stage1 {
@@ -39,9 +40,9 @@ struct alignas(page_bytes) Table {
 };
 static_assert(sizeof(Table) == page_bytes);
 
-/// What is known about a page beside its contents. One cache line each: threads that work on neighbouring tables do not
-/// meet.
-struct alignas(64) PageState {
+/// What is known about a page beside its contents. Apart from each other: threads that work on neighbouring tables do
+/// not meet.
+struct alignas(base::cacheline_bytes) PageState {
   /// Of a level-0 table in use: its valid entries, and one for each session inside. 1 while it is free: the share of
   /// whoever takes it next (so that a session which arrives late, finds itself in the wrong table and goes again does
   /// no harm at any time). `dead`: not to be entered; so are tables above level 0, always.
@@ -102,7 +103,7 @@ class TablePool {
   std::uint64_t address_ = 0;
   std::uint32_t pages_max_ = 0;
   TableMemory* memory_ = nullptr;
-  alignas(64) std::atomic<std::uint64_t> free_{0};
+  alignas(base::cacheline_bytes) std::atomic<std::uint64_t> free_{0};
   std::atomic<std::uint32_t> taken_{0};
   std::atomic<std::uint32_t> claimed_pages_{0};
   std::atomic<std::uint32_t> pinned_pages_{0};

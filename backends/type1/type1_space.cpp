@@ -305,7 +305,16 @@ Result<void> Type1Space::unregister_memory(RegionId region) {
 Result<AttachedDevice> Type1Space::attach(const DeviceSource& source) {
   const auto added = groups_.add(source);
   if (!added) return added.error();
-  GroupDevice& device = **added;
+  try {
+    return settle(**added);
+  } catch (...) {
+    (void)groups_.remove((*added)->id);
+    throw;
+  }
+}
+
+// The second half of attach(): the device is in the container.
+Result<AttachedDevice> Type1Space::settle(const GroupDevice& device) {
   const auto info = query_container(kernel_, container_.get());
   // The last group took the tracking along; START while it is on changes nothing.
   const int not_tracking = harvest_ != nullptr && info && info->dirty_page_sizes != 0 ? set_tracking(true) : 0;
@@ -319,22 +328,29 @@ Result<AttachedDevice> Type1Space::attach(const DeviceSource& source) {
     (void)groups_.remove(device.id).has_value();
     return error;
   }
+  AttachedDevice described{.id = device.id,
+                           .name = device.name,
+                           .device_fd = device.fd.get(),
+                           .reserved = device.reserved,
+                           .iommu = {},
+                           .dirty_tracking = info->dirty_page_sizes != 0};
   devices_changed();
-  return AttachedDevice{.id = device.id,
-                        .name = device.name,
-                        .device_fd = device.fd.get(),
-                        .reserved = device.reserved,
-                        .iommu = {},
-                        .dirty_tracking = info->dirty_page_sizes != 0};
+  return described;
 }
 
-void Type1Space::devices_changed() {
-  const auto info = query_container(kernel_, container_.get());
-  if (!info) return;
-  facts_.page_sizes = info->page_sizes;
+void Type1Space::devices_changed() noexcept {
+  try {
+    if (const auto info = query_container(kernel_, container_.get())) follow(*info);
+  } catch (...) {
+    // No memory to ask: the facts stay as they were until the next device.
+  }
+}
+
+void Type1Space::follow(const ContainerInfo& info) noexcept {
+  facts_.page_sizes = info.page_sizes;
   // The compatibility interface answers 2^32-1 for "no limit". The limit itself is what is left while nothing is
   // mapped.
-  if (!compat() && live_bytes_ == 0) facts_.entries_max = info->entries_left.value_or(0);
+  if (!compat() && live_bytes_ == 0) facts_.entries_max = info.entries_left.value_or(0);
 }
 
 Result<void> Type1Space::detach(DeviceId device) {
@@ -367,7 +383,7 @@ Result<void> Type1Space::promise(std::span<const IovaRange> ranges) {
 }
 
 Headroom Type1Space::headroom() noexcept {
-  Headroom room{.entries = std::nullopt, .memlock = memlock_left(kernel_, account())};
+  Headroom room = memlock_headroom(kernel_, account());
   if (compat() || groups_.empty()) return room;
   try {
     if (const auto info = query_container(kernel_, container_.get())) room.entries = info->entries_left;

@@ -77,7 +77,9 @@ class Type1Space final : public BackendSpace {
   MemlockAccount account() const noexcept {
     return compat() ? MemlockAccount::user_pinned : MemlockAccount::process_locked;
   }
-  void devices_changed();
+  Result<AttachedDevice> settle(const GroupDevice& device);
+  void devices_changed() noexcept;
+  void follow(const ContainerInfo& info) noexcept;
 
   Kernel& kernel_;
   KernelFd container_;

@@ -71,11 +71,10 @@ Result<GroupDevice*> VfioGroups::add(const DeviceSource& source) {
     return base::fail(Errc::invalid_argument, Stage::attach, 0,
                       "a container opens devices by name: give the PCI address, also with a group descriptor");
   std::vector<IovaRange> reserved;
+  std::string name = source.pci_address;
   const auto joined = join(source, reserved);
   if (!joined) return joined.error();
   Group& group = **joined;
-  group.devices.reserve(group.devices.size() + 1);
-  std::string name = source.pci_address;
   const long fd = kernel_.ioctl(group.fd.get(), uapi::group_get_device_fd, name.data());
   if (fd >= 0) {
     group.devices.push_back({.id = DeviceId{next_device_++},
@@ -116,7 +115,10 @@ Result<VfioGroups::Group*> VfioGroups::join(const DeviceSource& source, std::vec
   const std::string key =
       found && found->group >= 0 ? fmt::format("/dev/vfio/{}", found->group) : fmt::format("fd {}", source.group_fd);
   for (Group& group : groups_)
-    if (group.key == key) return &group;
+    if (group.key == key) {
+      group.devices.reserve(group.devices.size() + 1);
+      return &group;
+    }
 
   groups_.reserve(groups_.size() + 1);
   auto fd = open_descriptor(kernel_, key.c_str(), {.fd = source.group_fd, .duplicate = true});
@@ -126,6 +128,7 @@ Result<VfioGroups::Group*> VfioGroups::join(const DeviceSource& source, std::vec
     return error;
   }
   Group group{.key = key, .fd = std::move(*fd), .devices = {}};
+  group.devices.reserve(1);  // nothing may fail after the group has joined
   if (const auto connected = connect(group, reserved); !connected) return connected.error();
   groups_.push_back(std::move(group));
   return &groups_.back();

@@ -62,23 +62,22 @@ Cost measure(Kernel& kernel, std::string_view interface, OpKind kind, const std:
     maps[i] = {.kind = kind, .access = Access::read_write, .region = region, .range = range, .memory = where};
     unmaps[i] = {.kind = OpKind::unmap, .range = range};
   }
+  // The clock is read around all 256 pages, and the verdicts afterwards: a batch of one is the call alone.
+  const auto sweep = [&](const std::vector<BackendOp>& ops, std::size_t count) {
+    const auto begin = Clock::now();
+    for (std::size_t from = 0; from < 256; from += count)
+      (*space)->execute({&ops[from], count}, {&results[from], count});
+    return ns_since(begin);
+  };
   for (std::size_t b = 0; b < std::size(batches); ++b) {
-    const std::size_t count = batches[b];
     double map_ns = 0, unmap_ns = 0;
     for (int round = -1; round < rounds; ++round) {  // the first one warms up
-      for (std::size_t from = 0; from < 256; from += count) {
-        const auto begin = Clock::now();
-        (*space)->execute({&maps[from], count}, {&results[from], count});
-        if (round >= 0) map_ns += ns_since(begin);
-        for (std::size_t i = from; i < from + count; ++i)
-          if (results[i].error) return fmt::print("{}: {}\n", interface, results[i].error.message()), cost;
-      }
-      for (std::size_t from = 0; from < 256; from += count) {
-        const auto begin = Clock::now();
-        (*space)->execute({&unmaps[from], count}, {&results[from], count});
-        if (round >= 0) unmap_ns += ns_since(begin);
-        for (std::size_t i = from; i < from + count; ++i)
-          if (results[i].error) return fmt::print("{}: {}\n", interface, results[i].error.message()), cost;
+      for (const auto* ops : {&maps, &unmaps}) {
+        const double ns = sweep(*ops, batches[b]);
+        if (round >= 0) (ops == &maps ? map_ns : unmap_ns) += ns;
+        for (const BackendOpResult& result : results)
+          if (result.error || result.bytes != Bytes{page})
+            return fmt::print("{}: {}\n", interface, result.error.message()), cost;
       }
     }
     cost.map_ns[b] = map_ns / rounds / 256;

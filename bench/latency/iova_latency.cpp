@@ -139,13 +139,7 @@ void add() {
 }
 
 [[maybe_unused]] const bool added = [] {
-  add<ArrayPeer>();
-  add<IovanePeer<true>>();
-#if defined(IOVANE_HAVE_LINUX_IOVA)
-  add<LinuxPeer>();
-#endif
-  add<LockedMapPeer>();
-  add<OffsetPeer<JemallocCalls>>();
+  for_each_peer([]<typename Peer>() { add<Peer>(); });
   for (const Lengths lengths : {Lengths::k4, Lengths::m2, Lengths::mixed, Lengths::mixed_any})
     for (const std::size_t most : {std::size_t{10'000}, std::size_t{1'000'000}})
       benchmark::RegisterBenchmark(

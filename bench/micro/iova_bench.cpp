@@ -162,18 +162,8 @@ void add() {
 
 [[maybe_unused]] const bool added = [] {
   add<EmptyPeer>();
-  add<ArrayPeer>();
-  add<IovanePeer<true>>();
+  for_each_peer([]<typename Peer>() { add<Peer>(); });
   add<IovanePeer<false>>();
-#if defined(IOVANE_HAVE_LINUX_IOVA)
-  add<LinuxPeer>();
-#endif
-  add<LockedMapPeer>();
-  add<OffsetPeer<JemallocCalls>>();
-  add<OffsetPeer<TbbCalls>>();
-#if defined(IOVANE_HAVE_MIMALLOC)
-  add<OffsetPeer<MimallocCalls>>();
-#endif
   return true;
 }();
 

@@ -175,17 +175,7 @@ void add() {
 }
 
 [[maybe_unused]] const bool added = [] {
-  add<ArrayPeer>();
-  add<IovanePeer<true>>();
-#if defined(IOVANE_HAVE_LINUX_IOVA)
-  add<LinuxPeer>();
-#endif
-  add<LockedMapPeer>();
-  add<OffsetPeer<JemallocCalls>>();
-  add<OffsetPeer<TbbCalls>>();
-#if defined(IOVANE_HAVE_MIMALLOC)
-  add<OffsetPeer<MimallocCalls>>();
-#endif
+  for_each_peer([]<typename Peer>() { add<Peer>(); });
   return true;
 }();
 

@@ -239,4 +239,20 @@ class OffsetPeer {
   }
 };
 
+/// Calls add.operator()<Peer>() for the floor, for us and for each peer, in the order in which tables show them.
+template <typename Add>
+void for_each_peer(const Add& add) {
+  add.template operator()<ArrayPeer>();
+  add.template operator()<IovanePeer<true>>();
+#if defined(IOVANE_HAVE_LINUX_IOVA)
+  add.template operator()<LinuxPeer>();
+#endif
+  add.template operator()<LockedMapPeer>();
+  add.template operator()<OffsetPeer<JemallocCalls>>();
+  add.template operator()<OffsetPeer<TbbCalls>>();
+#if defined(IOVANE_HAVE_MIMALLOC)
+  add.template operator()<OffsetPeer<MimallocCalls>>();
+#endif
+}
+
 }  // namespace iovane::bench

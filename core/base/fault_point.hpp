@@ -14,6 +14,7 @@ namespace iovane::base {
 enum class FaultKind : std::uint32_t {
   allocation = 1U << 0,   ///< memory for metadata
   kernel_call = 1U << 1,  ///< a call through backends::Kernel
+  system_call = 1U << 2,  ///< any other system call: no points of the library's, tests stand in for the C library
 };
 
 namespace detail {

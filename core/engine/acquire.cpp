@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "base/error_text.hpp"
+#include "engine/out_of_memory.hpp"
 #include "engine/space_cache.hpp"
 #include "engine/space_core.hpp"
 #include "iovane/address_space.hpp"
@@ -20,9 +21,27 @@ Error no_cache() noexcept {
   return make_error(Errc::closed, Stage::validate, "no cache is open: call AddressSpace::open_cache() first");
 }
 
+pinning::PinningBackend charged_as(backends::Interface interface) noexcept {
+  using backends::Interface;
+  using pinning::PinningBackend;
+  switch (interface) {
+    case Interface::iommufd:
+    case Interface::stage1: return PinningBackend::iommufd;
+    case Interface::type1_v2:
+    case Interface::type1_v1: return PinningBackend::type1;
+    case Interface::compat_v2:
+    case Interface::compat_v1: return PinningBackend::iommufd_process_mode;  // the compatibility interface's default
+    case Interface::spapr_v2: return PinningBackend::spapr_v2;
+    case Interface::spapr_v1: return PinningBackend::spapr_v1;
+  }
+  return PinningBackend::iommufd;
+}
+
 }  // namespace
 
-Result<void> AddressSpace::open_cache(const CacheConfig& config) { return core_->open_cache(config); }
+Result<void> AddressSpace::open_cache(const CacheConfig& config) {
+  return engine::or_out_of_memory(Stage::open, [&] { return core_->open_cache(config); });
+}
 
 void MemoryLease::release_counted() noexcept { delete std::exchange(counted_, nullptr); }
 
@@ -124,19 +143,17 @@ CacheStats AddressSpace::cache_stats() const noexcept {
 }
 
 Result<void> AddressSpace::check_memlock(Bytes planned) const {
-  const std::string& backend = facts().backend;
-  pinning::PlannedUse use{.memory = planned};
-  if (backend == "iommufd" || backend == "stage1")
-    use.backend = pinning::PinningBackend::iommufd;
-  else if (backend.starts_with("compat"))
-    use.backend = pinning::PinningBackend::iommufd_process_mode;  // the compatibility interface's default
-  else if (backend.starts_with("type1"))
-    use.backend = pinning::PinningBackend::type1;
-  else
-    return {};  // a software IOMMU pins nothing
-  const auto state = pinning::read_memlock_state();
-  if (!state) return state.error();
-  const auto report = pinning::preflight({&use, 1}, *state);
+  const backends::MemlockUse account = core_->memlock_use();
+  const auto or_unlimited = [](std::optional<Bytes> limit) {
+    return limit ? limit->value : pinning::MemlockState::unlimited;
+  };
+  const pinning::MemlockState state{.soft_limit = or_unlimited(account.limit),
+                                    .hard_limit = or_unlimited(account.hard_limit),
+                                    .locked = account.locked.value,
+                                    .pinned = account.pinned.value,
+                                    .exempt = account.exempt};
+  const pinning::PlannedUse use{.backend = charged_as(core_->interface()), .memory = planned};
+  const auto report = pinning::preflight({&use, 1}, state);
   if (!report) return report.error();
   return {};
 }

@@ -119,6 +119,10 @@ class BatchExecutor {
 
   void flush() noexcept;
   std::uint32_t merge_unmaps() noexcept;
+  /// Whether one call for both costs less than two: the backend may have to walk what lies between.
+  bool is_worth_joining(IovaRange lower, IovaRange upper) const noexcept {
+    return upper.start.value - lower.last.value - 1 <= space_.unmap_hole_max.value;
+  }
   void drop_cancelled_maps() noexcept;
   void end_phase() noexcept;
   void finish_unmaps(std::uint32_t groups) noexcept;

@@ -62,8 +62,8 @@ void BatchExecutor::drop_cancelled_maps() noexcept {
   map_op_count_ = kept;
 }
 
-// Sorts the phase's unmaps and joins neighbours with nothing mapped in between; fills ops_ up to maps_begin, and
-// group_sizes_, and says how many there are.
+// Sorts the phase's unmaps and joins neighbours with nothing mapped in between, and not too much of it; fills ops_ up
+// to maps_begin, and group_sizes_, and says how many there are.
 std::uint32_t BatchExecutor::merge_unmaps() noexcept {
   if (unmap_count_ == 0) return 0;
   const std::span<PendingUnmap> unmaps{unmaps_.data(), unmap_count_};
@@ -75,7 +75,7 @@ std::uint32_t BatchExecutor::merge_unmaps() noexcept {
   const MappingRecord* above = nullptr;  // the first mapping of the group so far
   for (std::size_t u = unmaps.size(); u-- != 0;) {
     const PendingUnmap& unmap = unmaps[u];
-    if (above != nullptr) {
+    if (above != nullptr && is_worth_joining(unmap.span, above->range)) {
       // The next mapping that the backend knows of: maps of this phase are not there yet.
       MappingRecord* following = MappingIndex::next_record(unmap.last);
       while (following != nullptr && following->state == MappingState::mapping)

@@ -116,7 +116,7 @@ std::size_t BatchExecutor::flush_stale_part(std::size_t next, std::uint64_t& rem
   MappingRecord* last = nullptr;
   for (; next < members.size(); ++next) {
     MappingRecord* const record = members[next].record;
-    if (last != nullptr && MappingIndex::next_record(last) == record) {
+    if (last != nullptr && MappingIndex::next_record(last) == record && is_worth_joining(last->range, record->range)) {
       ops_[groups - 1].range.last = record->range.last;
       ++group_sizes_[groups - 1];
       (*space_.counters)[Count::merged_unmaps].add();

@@ -9,6 +9,7 @@
 #include "backends/probe.hpp"
 #include "backends/system_kernel.hpp"
 #include "base/error_text.hpp"
+#include "engine/out_of_memory.hpp"
 
 namespace iovane {
 
@@ -155,17 +156,19 @@ Result<std::shared_ptr<EngineCore>> open_core(const EngineConfig& config) {
 }  // namespace
 
 Result<Engine> Engine::open(const EngineConfig& config) {
-  std::unique_ptr<engine::StatsPage> stats_page;
-  if (!config.stats_page.empty()) {
-    auto made = engine::StatsPage::create(config.stats_page);
-    if (!made) return made.error();
-    stats_page = *std::move(made);
-  }
-  auto core = open_by_environment(config);
-  if (!core) return core.error();
-  (*core)->publish(std::move(stats_page));
-  (*core)->pins().configure(config.pins, config.userfault_fd);
-  return Engine{*std::move(core)};
+  return engine::or_out_of_memory(Stage::open, [&]() -> Result<Engine> {
+    std::unique_ptr<engine::StatsPage> stats_page;
+    if (!config.stats_page.empty()) {
+      auto made = engine::StatsPage::create(config.stats_page);
+      if (!made) return made.error();
+      stats_page = *std::move(made);
+    }
+    auto core = open_by_environment(config);
+    if (!core) return core.error();
+    (*core)->publish(std::move(stats_page));
+    (*core)->pins().configure(config.pins, config.userfault_fd);
+    return Engine{*std::move(core)};
+  });
 }
 
 Engine EngineAccess::open(std::unique_ptr<backends::Backend> backend, std::string name, WorkerConfig workers,

@@ -3,6 +3,7 @@
 
 #include "base/error_text.hpp"
 #include "engine/engine_core.hpp"
+#include "engine/out_of_memory.hpp"
 #include "engine/queue_core.hpp"
 #include "engine/space_core.hpp"
 #include "iovane/address_space.hpp"
@@ -12,6 +13,7 @@
 namespace iovane {
 
 using engine::Operation;
+using engine::or_out_of_memory;
 
 // --- Engine
 
@@ -23,7 +25,7 @@ const std::string& Engine::backend() const noexcept { return core_->backend_name
 const std::string& Engine::reason() const noexcept { return core_->reason(); }
 
 Result<AddressSpace> Engine::create_address_space(const AddressSpaceConfig& config) {
-  auto core = engine::SpaceCore::create(core_, config);
+  auto core = or_out_of_memory(Stage::open, [&] { return engine::SpaceCore::create(core_, config); });
   if (!core) return core.error();
   return AddressSpace{*std::move(core)};
 }
@@ -45,10 +47,14 @@ AddressSpace::~AddressSpace() {
 
 CloseReport AddressSpace::close() noexcept { return core_ ? core_->close() : CloseReport{}; }
 const AddressSpaceFacts& AddressSpace::facts() const noexcept { return core_->facts(); }
-Result<DeviceInfo> AddressSpace::attach(const DeviceConfig& device) { return core_->attach(device); }
-Result<void> AddressSpace::detach(std::uint32_t device_id) { return core_->detach(device_id); }
+Result<DeviceInfo> AddressSpace::attach(const DeviceConfig& device) {
+  return or_out_of_memory(Stage::attach, [&] { return core_->attach(device); });
+}
+Result<void> AddressSpace::detach(std::uint32_t device_id) {
+  return or_out_of_memory(Stage::detach, [&] { return core_->detach(device_id); });
+}
 Result<DeviceInfo> AddressSpace::move_device(std::uint32_t device_id, AddressSpace& to, Gap gap) {
-  return core_->move_device(device_id, *to.core_, gap);
+  return or_out_of_memory(Stage::attach, [&] { return core_->move_device(device_id, *to.core_, gap); });
 }
 int AddressSpace::page_fault_fd() const noexcept { return core_->page_fault_fd(); }
 Result<std::size_t> AddressSpace::read_page_faults(std::span<PageFaultEvent> out) noexcept {
@@ -57,9 +63,11 @@ Result<std::size_t> AddressSpace::read_page_faults(std::span<PageFaultEvent> out
 Result<void> AddressSpace::answer_page_fault(const PageFaultEvent& event, PageFaultAnswer answer) noexcept {
   return core_->answer_page_fault(event, answer);
 }
-Result<void> AddressSpace::on_page_fault(PageFaultHandler handler) { return core_->on_page_fault(std::move(handler)); }
+Result<void> AddressSpace::on_page_fault(PageFaultHandler handler) {
+  return or_out_of_memory(Stage::query, [&] { return core_->on_page_fault(std::move(handler)); });
+}
 Result<Watch> AddressSpace::watch(int fd, std::function<bool()> readable) {
-  auto task = core_->watch(fd, std::move(readable));
+  auto task = or_out_of_memory(Stage::query, [&] { return core_->watch(fd, std::move(readable)); });
   if (!task) return task.error();
   return Watch{*std::move(task)};
 }
@@ -67,8 +75,12 @@ int AddressSpace::fault_record_fd() const noexcept { return core_->fault_record_
 Result<std::size_t> AddressSpace::read_fault_records(std::span<FaultRecord> out) noexcept {
   return core_->read_fault_records(out);
 }
-Result<void> AddressSpace::start_dirty_tracking() { return core_->start_dirty_tracking(); }
-Result<void> AddressSpace::stop_dirty_tracking() { return core_->stop_dirty_tracking(); }
+Result<void> AddressSpace::start_dirty_tracking() {
+  return or_out_of_memory(Stage::query, [&] { return core_->start_dirty_tracking(); });
+}
+Result<void> AddressSpace::stop_dirty_tracking() {
+  return or_out_of_memory(Stage::query, [&] { return core_->stop_dirty_tracking(); });
+}
 Result<std::uint64_t> AddressSpace::read_dirty(const IovaRange& range, Bytes page_size,
                                                std::span<std::uint64_t> bitmap) {
   return core_->read_dirty(range, page_size, bitmap);
@@ -77,12 +89,18 @@ std::size_t AddressSpace::take_unmapped_dirty(std::span<DirtyRun> out) noexcept 
   return core_->take_unmapped_dirty(out);
 }
 DirtyStats AddressSpace::dirty_stats() const noexcept { return core_->dirty_stats(); }
-Result<GuestLayout> AddressSpace::guest_layout() { return core_->guest_layout(); }
-Result<std::vector<LayoutBreach>> AddressSpace::check_layout() { return core_->check_layout(); }
-Result<std::vector<IovaRange>> AddressSpace::usable_ranges() const { return core_->usable_ranges(); }
+Result<GuestLayout> AddressSpace::guest_layout() {
+  return or_out_of_memory(Stage::query, [&] { return core_->guest_layout(); });
+}
+Result<std::vector<LayoutBreach>> AddressSpace::check_layout() {
+  return or_out_of_memory(Stage::query, [&] { return core_->check_layout(); });
+}
+Result<std::vector<IovaRange>> AddressSpace::usable_ranges() const {
+  return or_out_of_memory(Stage::query, [&] { return core_->usable_ranges(); });
+}
 
 Result<Memory> AddressSpace::register_memory(const MemoryConfig& config) {
-  const auto id = core_->register_memory(config);
+  const auto id = or_out_of_memory(Stage::pin, [&] { return core_->register_memory(config); });
   if (!id) return id.error();
   Memory memory;
   memory.space_ = core_;
@@ -92,7 +110,7 @@ Result<Memory> AddressSpace::register_memory(const MemoryConfig& config) {
 }
 
 Result<Queue> AddressSpace::open_queue(const QueueConfig& config) {
-  auto core = core_->open_queue(config);
+  auto core = or_out_of_memory(Stage::open, [&] { return core_->open_queue(config); });
   if (!core) return core.error();
   return Queue{*std::move(core)};
 }

@@ -10,9 +10,10 @@ namespace iovane::engine {
 // Called with the lock held.
 const base::Topology& NodeResources::topology() {
   if (!topology_) {
-    topology_.emplace(base::Topology::load());
-    memories_.resize(topology_->node_count());
-    workers_.resize(topology_->node_count());
+    base::Topology machine = base::Topology::load();
+    memories_.resize(machine.node_count());
+    workers_.resize(machine.node_count());
+    topology_.emplace(std::move(machine));  // last: it says that all are there
   }
   return *topology_;
 }

@@ -7,6 +7,7 @@
 #include "base/error_text.hpp"
 #include "engine/direct_batch.hpp"
 #include "engine/engine_core.hpp"
+#include "engine/out_of_memory.hpp"
 #include "engine/queue_core.hpp"
 
 namespace iovane::engine {
@@ -72,7 +73,8 @@ SpaceCore::SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const Ad
              .index = std::move(index),
              .memories = MemoryTable{config.memories_max},
              .counters = &counters_},
-      executor_{std::make_unique<BatchExecutor>(state_)} {
+      executor_{std::make_unique<BatchExecutor>(state_)},
+      interface_{state_.backend->facts().interface} {
   facts_.backend = engine_->backend_name();
   if (StatsPage* const page = engine_->stats_page()) {
     published_ = page->acquire(config_.name, facts_.backend);
@@ -179,8 +181,9 @@ Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();  // what counts against the new device's holes is what is live
   const backends::DeviceSource source{device.pci_address, device.cdev_fd, device.group_fd};
+  DeviceNames::node_type named = named_device(source);  // so that nothing can fail after the backend has it
   if (const auto expected = expect_device(source); !expected) return expected.error();
-  auto attached = state_.backend->attach(source);
+  auto attached = or_out_of_memory(Stage::attach, [&] { return state_.backend->attach(source); });
   if (!attached) {
     layout_->forget(name_of(source));
     return attached.error();
@@ -193,13 +196,13 @@ Result<DeviceInfo> SpaceCore::attach_now(const DeviceConfig& device) {
                 attached->name, refreshed.error().detail());
   }
   refresh_facts();
-  device_names_[attached->id.value] = source;
+  name_device(std::move(named), attached->id);
   return DeviceInfo{attached->id.value, std::move(attached->name), attached->device_fd, std::move(attached->reserved)};
 }
 
 Result<void> SpaceCore::detach(std::uint32_t device_id) {
-  // A type1 container drops every mapping with its last device, so none may be handed out after that.
-  if (SpaceCache* const open = cache(); open != nullptr && facts_.backend.starts_with("type1")) open->drop_all();
+  // A container drops every mapping with its last device, so none may be handed out after that.
+  if (SpaceCache* const open = cache(); open != nullptr && backends::is_container(interface_)) open->drop_all();
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
   (void)executor_->flush_stale();
@@ -209,7 +212,19 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
     device_names_.erase(known);
   }
   refresh_facts();
-  return refresh_usable();
+  (void)refresh_usable();  // a device less takes nothing away; what cannot be read now is read with the next one
+  return {};
+}
+
+SpaceCore::DeviceNames::node_type SpaceCore::named_device(const backends::DeviceSource& source) {
+  DeviceNames one;
+  one.emplace(0, source);
+  return one.extract(one.begin());
+}
+
+void SpaceCore::name_device(DeviceNames::node_type named, backends::DeviceId id) noexcept {
+  named.key() = id.value;
+  device_names_.insert(std::move(named));
 }
 
 // Where the kernel's answer to an unmap was lost, the backend may count as mapped what the index knows to be gone.
@@ -220,6 +235,11 @@ Result<void> SpaceCore::release_device(backends::DeviceId device) {
   return state_.backend->detach(device);
 }
 
+backends::MemlockUse SpaceCore::memlock_use() noexcept {
+  const LaneHold held{lane_};
+  return state_.closed ? backends::MemlockUse{} : state_.backend->headroom().memlock_use;
+}
+
 Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {
   const LaneHold held{lane_};
   if (state_.closed) return closed_error();
@@ -227,11 +247,12 @@ Result<std::vector<IovaRange>> SpaceCore::usable_ranges() {
 }
 
 Result<void> SpaceCore::refresh_usable() {
-  const auto breaches = read_usable();
+  const auto breaches = or_out_of_memory(Stage::attach, [&] { return read_usable(); });
   if (!breaches) return breaches.error();
   if (breaches->empty()) return {};
-  return fail(Errc::iova_reserved, Stage::attach, 0, "{}{}", breaches->front().text,
-              breaches->size() == 1 ? "" : fmt::format("; and {} more like this", breaches->size() - 1));
+  if (breaches->size() == 1) return fail(Errc::iova_reserved, Stage::attach, 0, "{}", breaches->front().text);
+  return fail(Errc::iova_reserved, Stage::attach, 0, "{}; and {} more like this", breaches->front().text,
+              breaches->size() - 1);
 }
 
 Result<std::vector<LayoutBreach>> SpaceCore::read_usable() {
@@ -263,6 +284,7 @@ Result<std::vector<LayoutBreach>> SpaceCore::read_usable() {
 void SpaceCore::refresh_facts() {
   const backends::SpaceFacts& facts = state_.backend->facts();
   state_.granule = facts.granule;
+  state_.unmap_hole_max = facts.unmap_hole_max;
   state_.map_by_copy = has(facts.capabilities, backends::Capability::copy_reuses_pin);
   facts_.granule = facts.granule;
   facts_.page_sizes = facts.page_sizes;

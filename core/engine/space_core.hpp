@@ -82,6 +82,9 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<void> recover(const std::function<Result<void>(backends::SpaprEeh&)>& call);
 
   Result<std::vector<IovaRange>> usable_ranges();
+  /// What the space is on, whatever the engine is called. Any thread, without the lane.
+  backends::Interface interface() const noexcept { return interface_; }
+  backends::MemlockUse memlock_use() noexcept;
   // space_devices.cpp.
   Result<GuestLayout> guest_layout();
   Result<std::vector<LayoutBreach>> check_layout();
@@ -103,6 +106,8 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   CloseReport close() noexcept;
 
  private:
+  using DeviceNames = std::map<std::uint32_t, backends::DeviceSource>;  // of attached devices: how to attach them again
+
   SpaceCore(std::shared_ptr<EngineCore> engine, unsigned node, const AddressSpaceConfig& config,
             std::unique_ptr<backends::BackendSpace> backend, MappingIndex index);
   /// Makes worker_ the node's worker, once. Not with the lane held.
@@ -112,6 +117,9 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   Result<void> release_device(backends::DeviceId device);
   void devices_came() noexcept;
   void stop_pump() noexcept;
+  /// An entry to be made one of device_names_ when the device has its id: that cannot fail.
+  static DeviceNames::node_type named_device(const backends::DeviceSource& source);
+  void name_device(DeviceNames::node_type named, backends::DeviceId id) noexcept;
   /// Called with the lane held. refresh_usable() reads what the host says and follows it; its error is the first thing
   /// that does not hold any more. expect_device() is asked before a device comes.
   Result<void> refresh_usable();
@@ -146,10 +154,11 @@ class SpaceCore : public std::enable_shared_from_this<SpaceCore> {
   std::mutex pump_lock_;
   std::unique_ptr<PageFaultPump> pump_;
   std::atomic<std::uint32_t> companions_{0};
-  std::optional<SpaceLayout> layout_;                             // made by create()
-  std::map<std::uint32_t, backends::DeviceSource> device_names_;  // of attached devices: how to attach them again
-  std::unique_ptr<DirtyLog> dirty_;                               // made by the first start_dirty_tracking()
+  std::optional<SpaceLayout> layout_;  // made by create()
+  DeviceNames device_names_;
+  std::unique_ptr<DirtyLog> dirty_;  // made by the first start_dirty_tracking()
   AddressSpaceFacts facts_;
+  const backends::Interface interface_;
   // Last: its mappings go before what carries them.
   std::mutex cache_lock_;  // open_cache() only
   std::unique_ptr<SpaceCache> cache_;

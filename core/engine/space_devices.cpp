@@ -4,6 +4,7 @@
 
 #include "base/error_text.hpp"
 #include "engine/engine_core.hpp"
+#include "engine/out_of_memory.hpp"
 #include "engine/space_core.hpp"
 
 namespace iovane::engine {
@@ -51,25 +52,30 @@ Result<DeviceInfo> SpaceCore::move_device_now(std::uint32_t device_id, SpaceCore
   if (known == device_names_.end())
     return fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this address space", device_id);
   const backends::DeviceSource source = known->second;
+  DeviceNames::node_type named = named_device(source);
   if (const auto expected = to.expect_device(source); !expected) return expected.error();
-  auto moved = backend.move_device(*state_.backend, backends::DeviceId{device_id}, *to.state_.backend);
+  auto moved = or_out_of_memory(Stage::attach, [&] {
+    return backend.move_device(*state_.backend, backends::DeviceId{device_id}, *to.state_.backend);
+  });
   if (!moved) to.layout_->forget(name_of(source));
   if (moved) {
     if (const auto fits = to.refresh_usable(); !fits) {
       to.layout_->forget(name_of(source));
-      const auto back = backend.move_device(*to.state_.backend, moved->id, *state_.backend);
+      const auto back = or_out_of_memory(
+          Stage::attach, [&] { return backend.move_device(*to.state_.backend, moved->id, *state_.backend); });
       (void)to.refresh_usable();
+      device_names_.erase(device_id);
       if (back) {
-        device_names_.erase(device_id);
-        device_names_[back->id.value] = source;
+        name_device(std::move(named), back->id);
         return fits.error();
       }
+      to.name_device(std::move(named), moved->id);
       return fail(fits.error().code, Stage::attach, fits.error().os_errno,
                   "{}; and the device could not go back ({}), so it stays in the address space it was moved to",
                   fits.error().detail(), back.error().detail());
     }
     layout_->forget(name_of(source));
-    to.device_names_[moved->id.value] = source;
+    to.name_device(std::move(named), moved->id);
     device_names_.erase(device_id);
     return to.moved_in(*std::move(moved), *this);
   }
@@ -91,13 +97,14 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
   if (name == device_names_.end())
     return fail(Errc::not_found, Stage::detach, 0, "device {} is not attached to this address space", device_id);
   const backends::DeviceSource source = name->second;
+  DeviceNames::node_type named = named_device(source);
   if (const auto expected = to.expect_device(source); !expected) return expected.error();
   if (const auto detached = release_device(backends::DeviceId{device_id}); !detached) {
     to.layout_->forget(name_of(source));
     return detached.error();
   }
   device_names_.erase(name);
-  auto attached = to.state_.backend->attach(source);
+  auto attached = or_out_of_memory(Stage::attach, [&] { return to.state_.backend->attach(source); });
   Error refused = attached.error();
   if (attached) {
     if (const auto fits = to.refresh_usable(); !fits) {
@@ -108,13 +115,13 @@ Result<DeviceInfo> SpaceCore::move_with_gap(std::uint32_t device_id, SpaceCore& 
   }
   if (!refused) {
     layout_->forget(name_of(source));
-    to.device_names_[attached->id.value] = source;
+    to.name_device(std::move(named), attached->id);
     return to.moved_in(*std::move(attached), *this);
   }
   to.layout_->forget(name_of(source));
-  const auto back = state_.backend->attach(source);
+  const auto back = or_out_of_memory(Stage::attach, [&] { return state_.backend->attach(source); });
   if (!back) layout_->forget(name_of(source));
-  if (back) device_names_[back->id.value] = source;
+  if (back) name_device(std::move(named), back->id);
   refresh_facts();
   (void)refresh_usable();
   if (back)

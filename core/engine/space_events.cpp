@@ -11,17 +11,31 @@
 
 namespace iovane::engine {
 
+namespace {
+
+bool is_nobody_there(const Error& error) noexcept {
+  return error.code == Errc::no_device || error.code == Errc::closed;
+}
+
+}  // namespace
+
 std::uint64_t PageFaultPump::run_on_worker() noexcept {
   constexpr std::uint64_t pause_ns = 10'000'000;  // after an error, so that it is not met in circles
+  const auto pause = [&] {
+    watch(-1);
+    return monotonic_ns() + pause_ns;
+  };
   watch(space_.page_fault_fd());
   for (;;) {
-    for (; next_ < count_; ++next_) decide(events_[next_]);
+    if (!answer()) return pause();
+    while (next_ < count_) {
+      decide(events_[next_]);
+      ++next_;
+      if (!answer()) return pause();
+    }
     next_ = count_ = 0;
     const auto got = space_.read_page_faults(events_);
-    if (!got && got.error().code != Errc::no_device && got.error().code != Errc::closed) {
-      watch(-1);
-      return monotonic_ns() + pause_ns;
-    }
+    if (!got && !is_nobody_there(got.error())) return pause();
     if (!got || *got == 0) return never;
     count_ = *got;
   }
@@ -37,9 +51,18 @@ void PageFaultPump::decide(const PageFaultEvent& event) noexcept {
   fail_ = fail_ || answer == PageFaultAnswer::fail;
   later_ = later_ || !answer;
   if (!event.last) return;
-  // Nobody to answer is no error: the device was detached, which answered.
-  if (!later_) (void)space_.answer_page_fault(event, fail_ ? PageFaultAnswer::fail : PageFaultAnswer::retry);
+  if (!later_) unanswered_ = {event, fail_ ? PageFaultAnswer::fail : PageFaultAnswer::retry};
   fail_ = later_ = false;
+}
+
+// Gives the answer that is due, if one is; false when the kernel would not take it now. A device waits for it.
+bool PageFaultPump::answer() noexcept {
+  if (!unanswered_) return true;
+  const auto taken = space_.answer_page_fault(unanswered_->event, unanswered_->answer);
+  // Nobody to answer is no error: the device was detached, which answered.
+  if (!taken && taken.error().code != Errc::not_found && !is_nobody_there(taken.error())) return false;
+  unanswered_.reset();
+  return true;
 }
 
 std::uint64_t DescriptorTask::run_on_worker() noexcept {

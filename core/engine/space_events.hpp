@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "engine/worker.hpp"
@@ -25,6 +26,7 @@ class PageFaultPump final : public WorkerTask {
   std::uint64_t run_on_worker() noexcept override;
   bool runs_again() const noexcept override { return true; }
   void decide(const PageFaultEvent& event) noexcept;
+  bool answer() noexcept;
 
   SpaceCore& space_;
   const PageFaultHandler handler_;
@@ -32,6 +34,11 @@ class PageFaultPump final : public WorkerTask {
   std::array<PageFaultEvent, events_max> events_;
   std::size_t next_ = 0;
   std::size_t count_ = 0;
+  struct Unanswered {
+    PageFaultEvent event;
+    PageFaultAnswer answer;
+  };
+  std::optional<Unanswered> unanswered_;
   // Of the group whose last event has not come.
   bool fail_ = false;
   bool later_ = false;

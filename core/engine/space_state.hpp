@@ -38,6 +38,7 @@ struct SpaceState {
   std::unique_ptr<StaleSet> stale{};  ///< null in strict mode
   bool closed = false;
   Bytes granule{4096};       ///< of the backend's facts, as of the last attach
+  Bytes unmap_hole_max{};    ///< likewise
   bool map_by_copy = false;  ///< maps of registered memory go through its pin
 };
 

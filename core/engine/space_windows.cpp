@@ -1,6 +1,7 @@
 // AddressSpace::windows(), with the lane held for each call.
 #include "backends/spapr_tce/spapr_control.hpp"
 #include "base/error_text.hpp"
+#include "engine/out_of_memory.hpp"
 #include "engine/space_cache.hpp"
 #include "engine/space_core.hpp"
 
@@ -65,13 +66,21 @@ Result<void> SpaceCore::remove_window(Iova start) {
 }  // namespace engine
 
 Result<Windows> AddressSpace::windows() const {
-  if (const auto there = core_->windows(); !there) return there.error();
+  if (const auto there = Windows{core_}.list(); !there) return there.error();
   return Windows{core_};
 }
 
-Result<WindowLimits> Windows::limits() const { return core_->window_limits(); }
-Result<std::vector<Window>> Windows::list() const { return core_->windows(); }
-Result<Window> Windows::create(const WindowRequest& request) const { return core_->create_window(request); }
-Result<void> Windows::remove(Iova start) const { return core_->remove_window(start); }
+Result<WindowLimits> Windows::limits() const {
+  return engine::or_out_of_memory(Stage::query, [&] { return core_->window_limits(); });
+}
+Result<std::vector<Window>> Windows::list() const {
+  return engine::or_out_of_memory(Stage::query, [&] { return core_->windows(); });
+}
+Result<Window> Windows::create(const WindowRequest& request) const {
+  return engine::or_out_of_memory(Stage::reserve, [&] { return core_->create_window(request); });
+}
+Result<void> Windows::remove(Iova start) const {
+  return engine::or_out_of_memory(Stage::reserve, [&] { return core_->remove_window(start); });
+}
 
 }  // namespace iovane

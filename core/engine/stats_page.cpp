@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <new>
 #include <utility>
 
 #include "base/error_text.hpp"
@@ -36,8 +35,16 @@ void put(std::array<char, size>& field, std::string_view text) noexcept {
 }  // namespace
 
 Result<std::unique_ptr<StatsPage>> StatsPage::create(const std::string& path) {
-  const std::string name = path == "auto" ? automatic_path() : path;
-  const base::UniqueFd file{::open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600)};
+  const bool automatic = path == "auto";
+  std::unique_ptr<StatsPage> page{new StatsPage{automatic ? automatic_path() : path}};  // before the file is made
+  std::string& name = page->path_;
+  const auto make = [&] { return ::open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600); };
+  base::UniqueFd file{make()};
+  // Pages of an earlier process of the same number, which was killed, are passed over.
+  for (int left = 64; !file && automatic && errno == EEXIST && left != 0; --left) {
+    name = automatic_path();
+    file = base::UniqueFd{make()};
+  }
   const auto refused = [&](const char* what) {
     const int why = errno;
     if (file) ::unlink(name.c_str());
@@ -46,21 +53,21 @@ Result<std::unique_ptr<StatsPage>> StatsPage::create(const std::string& path) {
                       what, name);
   };
   if (!file) return refused("create");
-  if (::ftruncate(file.get(), static_cast<off_t>(file_bytes)) != 0) return refused("size");
+  // All of it now: a store to a page that a full file system cannot give would be a signal.
+  errno = ::posix_fallocate(file.get(), 0, static_cast<off_t>(file_bytes));
+  if (errno != 0) return refused("size");
   void* const memory = ::mmap(nullptr, file_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
   if (memory == MAP_FAILED) return refused("map");
+  page->memory_ = memory;
   auto* const header = new (memory) StatsPageHeader{};
   header->slots = slots_max;
   header->slot_bytes = sizeof(StatsSlot);
   header->process = static_cast<std::uint32_t>(::getpid());
-  std::unique_ptr<StatsPage> page{new (std::nothrow) StatsPage{name, memory}};
-  if (page) return page;
-  ::munmap(memory, file_bytes);
-  ::unlink(name.c_str());
-  return make_error(Errc::out_of_memory, Stage::open, "no memory for a statistics page");
+  return page;
 }
 
 StatsPage::~StatsPage() {
+  if (memory_ == nullptr) return;
   ::munmap(memory_, file_bytes);
   ::unlink(path_.c_str());
 }

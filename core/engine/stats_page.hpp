@@ -47,7 +47,7 @@ class StatsPage {
   static constexpr std::string_view prefix = "iovane.";
 
   /// Creates the file, readable by its owner; "auto" stands for /dev/shm/iovane.<process id>.<number>. Errors: of the
-  /// file system; a file that exists is not touched.
+  /// file system; a file that exists is not touched. Throws std::bad_alloc.
   static Result<std::unique_ptr<StatsPage>> create(const std::string& path);
   /// Unmaps and removes the file.
   ~StatsPage();
@@ -60,11 +60,11 @@ class StatsPage {
   const std::string& path() const noexcept { return path_; }
 
  private:
-  StatsPage(std::string path, void* memory) noexcept : path_{std::move(path)}, memory_{memory} {}
+  explicit StatsPage(std::string path) noexcept : path_{std::move(path)} {}
   StatsSlot* slot(std::uint32_t index) const noexcept;
 
-  const std::string path_;
-  void* const memory_;
+  std::string path_;
+  void* memory_ = nullptr;  // null: the file has not been made
   std::array<std::atomic<bool>, slots_max> taken_{};
   std::array<std::uint32_t, slots_max> tenants_{};
 };

@@ -39,10 +39,14 @@ Result<std::unique_ptr<WaitPoint>> WaitPoint::create() {
   if (!doorbell)
     return base::fail(base::errc_from_errno(errno), Stage::open, errno,
                       "no eventfd for a worker's doorbell; is the limit of open files reached?");
-  return std::unique_ptr<WaitPoint>{new WaitPoint{std::move(doorbell)}};
+  try {
+    return std::unique_ptr<WaitPoint>{new WaitPoint{std::move(doorbell)}};
+  } catch (const std::bad_alloc&) {
+    return make_error(Errc::out_of_memory, Stage::open, "no memory for a worker's wait point");
+  }
 }
 
-WaitPoint::WaitPoint(base::UniqueFd doorbell) noexcept : doorbell_{std::move(doorbell)}, polled_(1) {
+WaitPoint::WaitPoint(base::UniqueFd doorbell) : doorbell_{std::move(doorbell)}, polled_(1) {
   has_ring_ = io_uring_queue_init(ring_entries, &uring_, 0) == 0;
 }
 

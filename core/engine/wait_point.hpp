@@ -30,7 +30,7 @@ class WaitPoint {
  public:
   static constexpr std::size_t watches_max = 4096;
 
-  /// Errors: of eventfd only.
+  /// Errors: of eventfd, and out_of_memory.
   static Result<std::unique_ptr<WaitPoint>> create();
   ~WaitPoint();
   WaitPoint(const WaitPoint&) = delete;
@@ -63,7 +63,7 @@ class WaitPoint {
     bool ready = false;
   };
 
-  explicit WaitPoint(base::UniqueFd doorbell) noexcept;
+  explicit WaitPoint(base::UniqueFd doorbell);
   void sleep_on_ring(std::chrono::nanoseconds timeout) noexcept;
   void sleep_in_poll(std::chrono::nanoseconds timeout) noexcept;
   bool prepare() noexcept;

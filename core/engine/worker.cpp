@@ -24,6 +24,22 @@ namespace {
 /// The worker whose role this thread has.
 thread_local const Worker* my_role = nullptr;
 
+/// A new thread inherits the mask: signals are the host's business, none may ever be handled here.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() noexcept {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+ private:
+  sigset_t before_;
+};
+
 }  // namespace
 
 /// The last thing that a worker hears of a task.
@@ -63,11 +79,7 @@ Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const 
   if (!wait) return wait.error();
   try {
     std::unique_ptr<Worker> worker{new Worker{config, *std::move(wait)}};
-    // A new thread inherits the mask: signals are the host's business, none may ever be handled here.
-    sigset_t all;
-    sigset_t before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const SignalsBlocked inherited;
     try {
       for (unsigned thread = 0; thread < (config.understudy ? 2U : 1U); ++thread) {
         if (base::fault_now(base::FaultKind::allocation)) throw std::system_error{EAGAIN, std::system_category()};
@@ -98,14 +110,14 @@ Result<std::unique_ptr<Worker>> Worker::start(const WorkerConfig& config, const 
         begun.wait();
       }
     } catch (const std::system_error& refused) {
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
       if (!worker->threads_[0].joinable())
         return base::fail(
             Errc::out_of_memory, Stage::open, refused.code().value(),
             "no thread for worker iovane-w{}; the limit of processes (ulimit -u, pids.max) may be reached", index);
-      return worker;  // without an understudy: callers stand in
+      // without an understudy: callers stand in
+    } catch (const std::bad_alloc&) {
+      if (!worker->threads_[0].joinable()) throw;
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return worker;
   } catch (const std::bad_alloc&) {
     return make_error(Errc::out_of_memory, Stage::open, "no memory for a worker");

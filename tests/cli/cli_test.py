@@ -75,6 +75,11 @@ class Top(Command):
             self.assertGreater(mine[0]["batch_time"]["p50_ns"], 0)
             table = self.iovane("top", "--process", str(replay.pid), "--times", "1", "--interval", "0.05").stdout
             self.assertIn("address space", table)
+            page = next(Path("/dev/shm").glob(f"iovane.{replay.pid}.*"))
+            self.assertTrue(mine[0]["running"])
+            replay.kill()
+            replay.wait()
+            self.what_a_killed_process_left(replay.pid, page.read_bytes())
         finally:
             replay.kill()
             replay.wait()
@@ -82,7 +87,26 @@ class Top(Command):
                 left.unlink()
         self.assertIn("No statistics page", self.iovane("top", "--process", str(replay.pid), "--times", "1", "--interval", "0.01").stdout)
 
+    def look(self, *words: str) -> str:
+        return self.iovane("top", *words, "--times", "1", "--interval", "0.01", timeout=20).stdout
+
+    def what_a_killed_process_left(self, process: int, page: bytes):
+        ended = json.loads(self.look("--process", str(process), "--json"))["address_spaces"][0]
+        self.assertFalse(ended["running"])
+        self.assertIn(f"{process} (ended)", self.look("--process", str(process)))
+        # Whatever the file says: one row, nothing that a terminal obeys, JSON that can be read.
+        name = page.index(b"replay\0")
+        hostile = page[:name] + b"\x1b[2J\xff\xc3\0" + page[name + 7 :]
+        path = self.put("hostile", hostile)
+        self.assertEqual(json.loads(self.look("--page", path, "--json"))["address_spaces"][0]["name"][:4], "?[2J")
+        self.assertNotIn("\x1b", self.look("--page", path))
+        noise = self.put("noise", page[: name + 64] + os.urandom(len(page) - name - 64))
+        self.assertEqual(json.loads(self.look("--page", noise, "--json"))["address_spaces"][0]["name"], "replay")
+        self.assertIn("replay", self.look("--page", noise))
+
     def test_what_is_no_page_is_refused(self):
+        os.mkfifo(self.folder / "fifo")
+        self.refuses(BAD_INPUT, ("top", "--page", str(self.folder / "fifo"), "--times", "1", "--interval", "0.01"), "not a file", timeout=20)
         self.refuses(BAD_INPUT, ("top", "--page", self.put("page", b"short"), "--times", "1", "--interval", "0.01"), "too short")
         self.refuses(BAD_INPUT, ("top", "--page", self.put("big", bytes(1 << 20)), "--times", "1", "--interval", "0.01"), "this version")
         self.refuses(BAD_INPUT, ("top", "--page", str(self.folder / "none"), "--times", "1", "--interval", "0.01"), "none")

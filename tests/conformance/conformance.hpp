@@ -27,8 +27,7 @@ class Conformance : public testing::TestWithParam<Interface> {
   void TearDown() override;
 
   bool compat() const { return GetParam() == Interface::compat_v1 || GetParam() == Interface::compat_v2; }
-  /// A VFIO container: no maps without a device, and none outlives the last one.
-  bool container() const { return type1() || spapr(); }
+  bool container() const { return is_container(GetParam()); }
   bool type1() const { return GetParam() == Interface::type1_v1 || GetParam() == Interface::type1_v2; }
   bool stage1() const { return GetParam() == Interface::stage1; }
   /// Devices come in by their own node; others by their group's.

@@ -19,6 +19,7 @@
 #include "engine/direct_batch.hpp"
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
+#include "support/workload_memory.hpp"
 
 namespace iovane {
 namespace {
@@ -26,11 +27,6 @@ namespace {
 using namespace std::chrono_literals;
 using backends::model::ModelKernel;
 using backends::model::ModelUsage;
-
-constexpr std::uint64_t page = 4096;
-constexpr std::uint64_t base_iova = 0x1000'0000;
-constexpr std::size_t window_pages = 48;
-constexpr std::size_t memory_pages = 32;
 
 bool on_thread(char kind) {
   std::array<char, 16> name{};
@@ -70,27 +66,8 @@ struct Sweep {
   bool understudy_dies_too;
 };
 
-class WorkerDeath : public ::testing::TestWithParam<Sweep> {
+class WorkerDeath : public ::testing::TestWithParam<Sweep>, protected test::WorkloadMemory {
  protected:
-  WorkerDeath() : memory_((memory_pages + 1) * page) {
-    auto start = reinterpret_cast<std::uintptr_t>(memory_.data());
-    pages_ = reinterpret_cast<std::byte*>((start + page - 1) & ~(page - 1));
-    for (std::size_t p = 0; p < memory_pages; ++p)
-      for (std::size_t i = 0; i < page; ++i) pages_[p * page + i] = static_cast<std::byte>(p + 1);
-  }
-  static IovaRange at(std::uint64_t first, std::uint64_t count = 1) {
-    return *IovaRange::from_length(Iova{base_iova + first * page}, Bytes{count * page});
-  }
-  MemoryPiece memory(std::size_t first, std::size_t count = 1) const {
-    return MemoryPiece::at(pages_ + first * page, Bytes{count * page});
-  }
-  MapRequest request(std::uint64_t where, MemoryPiece piece) const {
-    MapRequest map;
-    map.memory = piece;
-    map.placement = Placement::fixed(at(where).start);
-    return map;
-  }
-
   void open(backends::Kernel& kernel) {
     engine_ = EngineAccess::open(*backends::open_backend(kernel, {.name = GetParam().interface}), "model",
                                  {.understudy = GetParam().understudy});
@@ -160,27 +137,15 @@ class WorkerDeath : public ::testing::TestWithParam<Sweep> {
   }
 
   void index_and_kernel_agree() {
-    for (std::uint64_t p = 0; p < window_pages; ++p) {
-      const auto info = space_.find(at(p).start);
-      std::array<std::byte, 1> seen{};
-      const auto read = kernel_->device(0).dma_read(at(p).start, seen);
-      EXPECT_EQ(info.has_value(), read.ok()) << "page " << p;
-      if (info && !info->memory.memory && read.ok() && info->range.length().value == page) {
-        EXPECT_EQ(seen[0], *reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(info->memory.offset)));
-      }
-    }
+    expect_agreement(space_, kernel_->device(0));
     EXPECT_EQ(space_.stats().quarantined_mappings, 0U);
   }
 
   void all_is_usable_again() {
     EXPECT_TRUE(space_.unmap_all());
     EXPECT_EQ(kernel_->usage().pinned.value, 0U) << "pins leaked";
-    for (std::uint64_t p = 0; p < window_pages; ++p) {
-      const Completion again = space_.map(request(p, memory(p % memory_pages)));
-      EXPECT_TRUE(again.ok()) << "page " << p << ": " << again.error.message();
-    }
+    expect_usable(space_, kernel_->device(0));
     index_and_kernel_agree();
-    EXPECT_EQ(space_.unmap(UnmapRequest::of(at(0, window_pages))).bytes.value, window_pages * page);
   }
 
   std::unique_ptr<ModelKernel> kernel_;
@@ -189,8 +154,6 @@ class WorkerDeath : public ::testing::TestWithParam<Sweep> {
   Memory registered_;
   Queue queue_;
   unsigned refused_ = 0;
-  std::vector<std::byte> memory_;
-  std::byte* pages_ = nullptr;
 };
 
 TEST_P(WorkerDeath, InAnyKernelCallLosesNothing) {

@@ -18,11 +18,17 @@ function(iovane_power_test name machine label program)
             ${arg_WORDS} -- $<TARGET_FILE:${program}> ${arg_FOR})
   set_tests_properties(lab.${name}.${machine} PROPERTIES LABELS ${label} TIMEOUT 1800)
 endfunction()
-# Label lab: in every CI run. Label power: half an hour more, by hand; one device's open and close takes 5 s there.
-iovane_power_test(conformance pseries lab conformance_test WORDS --hugepages 16 FOR --gtest_filter=*spapr*)
-iovane_power_test(spapr pseries-kvm lab spapr_lab_test WORDS --cpus 1 --file ${log}:/viommu/papr-nvme-a.log)
-iovane_power_test(conformance pseries-64k power conformance_test WORDS --hugepages 16 FOR --gtest_filter=*spapr*)
-iovane_power_test(spapr pseries-64k power spapr_lab_test WORDS --cpus 1 --file ${log}:/viommu/papr-nvme-a.log)
+set(traces --file ${PROJECT_SOURCE_DIR}/tests/data/traces)
+set(hypercalls --file ${log}:/viommu/papr-nvme-a.log)
+
+# Label lab: in every CI run. What depends on threads runs once more on two CPUs at a time.
+iovane_power_test(conformance pseries lab conformance_test WORDS --hugepages 16 --counted ${traces} FOR --gtest_filter=*spapr*)
+iovane_power_test(spapr pseries-kvm lab spapr_lab_test WORDS --counted ${hypercalls})
+iovane_power_test(threads pseries lab conformance_test
+  FOR --gtest_filter=*LimitContract.threads*spapr*:*LiveContract*spapr*:*EngineContract*spapr*)
+# Label power: half an hour more, by hand; one device's open and close takes 5 s on powernv9.
+iovane_power_test(conformance pseries-64k power conformance_test WORDS --hugepages 16 --counted ${traces} FOR --gtest_filter=*spapr*)
+iovane_power_test(spapr pseries-64k power spapr_lab_test WORDS --counted ${hypercalls})
 # Hash translation instead of radix.
 iovane_power_test(hash pseries power conformance_test
   WORDS --append disable_radix FOR --gtest_filter=*SpaprContract*)

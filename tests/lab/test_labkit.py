@@ -345,7 +345,7 @@ class Command(Scratch):
             cli.find_program("tool", self.directory)
 
     def test_wrong_arguments_end_with_the_lab_s_own_status(self):
-        for words in (["run", "--nonsense"], ["run", "--memory", "4", "--", "x"], ["run", "--cpus", "3", "--numa", "2", "--", "sh"], ["run", "--", "./none"]):
+        for words in (["run", "--nonsense"], ["run", "--memory", "4", "--", "x"], ["run", "--cpus", "3", "--numa", "2", "--", "sh"], ["run", "--counted", "--numa", "2", "--", "sh"], ["run", "--", "./none"]):
             with self.subTest(words=words), redirect_stderr(io.StringIO()):
                 try:
                     status = cli.main(words)

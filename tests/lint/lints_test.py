@@ -232,6 +232,24 @@ class Summary(WithTree):
         )
         self.assertEqual((text.split("\n")[-1], status), ("1 passed, 3 failed, 0 skipped", 1))
 
+    def test_says_last_and_shortly_what_failed_inside(self):
+        cases = "".join(f"[ RUN      ] A.b{i}\n[       OK ] A.b{i} (0 ms)\n" for i in range(50))
+        output = (
+            f"{cases}[ RUN      ] A.c/type1\nfine so far\n/x/y.cpp:7: Failure\nExpected: 1\n  Actual: 2\n\n"
+            "[  FAILED  ] A.c/type1, where GetParam() = 1 (0 ms)\n[  FAILED  ] 1 test, listed below:\n"
+        )
+        text, _ = self.summarize(
+            {"name": "lab", "status": "fail", "inside": '<failure message="Timeout"/>', "output": output},
+            {"name": "script", "status": "fail", "output": "much\nlab: the kernel stopped answering\nmore\n"},
+            {"name": "silent", "status": "fail", "output": "the last line\n"},
+        )
+        lines = [line.strip() for line in text.split("\n")]
+        self.assertEqual(
+            lines[lines.index("failed:") :],
+            ["failed:", "dev: lab (Timeout)", "A.c/type1", "/x/y.cpp:7: Failure", "Expected: 1", "Actual: 2", "dev: script"]
+            + ["lab: the kernel stopped answering", "dev: silent", "the last line", "", "0 passed, 3 failed, 0 skipped"],
+        )
+
     def test_fails_when_nothing_ran_or_results_are_broken(self):
         self.assertEqual(summary.summarize(self.root, [])[1], 1)
         self.put("dev.xml", "<testsuite><testcase")

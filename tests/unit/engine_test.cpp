@@ -192,6 +192,28 @@ TEST_F(EngineTest, MergesUnmapsWhoseSpanHoldsNothingElse) {
   EXPECT_EQ(backend_->live.size(), 1U);
 }
 
+TEST_F(EngineTest, MergesUnmapsOnlyAcrossHolesThatTheBackendWalksCheaply) {
+  queue_ = {};
+  space_ = {};
+  RecordingSpace* recorder = nullptr;
+  engine_ = EngineAccess::open(std::make_unique<RecordingBackend>(recorder), "recording");
+  backend_ = recorder;
+  backend_->facts_.unmap_hole_max = Bytes{2 * page};
+  AddressSpaceConfig config;
+  config.layout = LayoutPolicy::fixed;
+  space_ = *engine_.create_address_space(config);
+  queue_ = *space_.open_queue({.depth = 64});
+  for (const std::uint64_t at : {16, 17, 20, 24, 27}) map(at);
+  backend_->batches.clear();
+  for (const std::uint64_t at : {27, 16, 24, 17, 20}) stage(UnmapRequest::of(pages(at)));
+  for (const Completion& c : run()) EXPECT_TRUE(c.ok()) << c.error.message();
+  ASSERT_EQ(backend_->batches.size(), 1U);
+  ASSERT_EQ(backend_->batches[0].size(), 2U);
+  EXPECT_EQ(backend_->batches[0][0].range, pages(16, 5));
+  EXPECT_EQ(backend_->batches[0][1].range, pages(24, 4));
+  EXPECT_TRUE(backend_->live.empty());
+}
+
 TEST_F(EngineTest, DoesNotMergeUnmapsAcrossALiveMapping) {
   for (const std::uint64_t at : {16, 17, 18}) map(at);
   backend_->batches.clear();

@@ -2,16 +2,20 @@
 #include <gtest/gtest.h>
 #include <poll.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "backends/kernel_decorators.hpp"
 #include "backends/model/model_kernel.hpp"
 #include "backends/open.hpp"
+#include "base/fault_point.hpp"
 #include "engine/engine_core.hpp"
 #include "iovane/engine.hpp"
 
@@ -288,6 +292,67 @@ TEST(FaultRecords, AreToldWithDeviceAddressAndAccess) {
     EXPECT_EQ(records[0].access, Access::write);
     EXPECT_EQ(records[0].reason, FaultRecord::Reason::not_mapped);
   }
+}
+
+TEST(FaultRecords, AreHandedOutByAWorkerThatWatchesTheirDescriptor) {
+  ModelOptions options;
+  options.iommus.front().nesting = backends::model::Nesting::smmuv3;
+  auto kernel = *ModelKernel::create(options);
+  Engine engine = EngineAccess::open(*backends::open_backend(*kernel, {.name = "stage1", .descriptor = {}}), "model");
+  AddressSpace space = *engine.create_address_space({});
+  ASSERT_TRUE(space.attach({.pci_address = kernel->device(0).address()}));
+  std::array<FaultRecord, 64> told;
+  std::atomic<std::size_t> count{0};
+  Watch watch = *space.watch(space.fault_record_fd(), [&] {
+    std::array<FaultRecord, 4> some;
+    for (;;) {
+      const auto got = space.read_fault_records(some);
+      EXPECT_TRUE(got) << got.error().message();
+      if (!got || *got == 0) return true;
+      const std::size_t before = count.load(std::memory_order_relaxed);  // relaxed: only this thread stores it
+      std::copy_n(some.begin(), *got, told.begin() + static_cast<std::ptrdiff_t>(before));
+      count.store(before + *got, std::memory_order_release);  // pairs with the acquire below
+    }
+  });
+  std::array<std::byte, 16> bytes{};
+  for (std::size_t i = 0; i < 20; ++i) {
+    EXPECT_FALSE(kernel->device(0).dma_write(Iova{iova + i * page}, bytes).ok());
+    const auto begun = std::chrono::steady_clock::now();
+    while (count.load(std::memory_order_acquire) < i + 1 &&
+           std::chrono::steady_clock::now() - begun < std::chrono::seconds{20})
+      std::this_thread::yield();
+    ASSERT_EQ(count.load(std::memory_order_acquire), i + 1) << "a record that nobody was told of";
+    EXPECT_EQ(told[i].address, Iova{iova + i * page});
+    EXPECT_EQ(told[i].access, Access::write);
+    EXPECT_EQ(told[i].reason, FaultRecord::Reason::not_mapped);
+    if (i % 5 == 0) std::this_thread::sleep_for(std::chrono::milliseconds{2});  // the worker sleeps, or not
+  }
+}
+
+// What the kernel would not take at first is said again: the device waits for it.
+TEST(PageFaultAnswers, AreSaidUntilTheyAreTaken) {
+  auto kernel = *ModelKernel::create();
+  backends::FailingKernel failing{*kernel};
+  failing.set_fault_errno(EINTR);
+  Engine engine = EngineAccess::open(*backends::open_backend(failing, {.name = "iommufd", .descriptor = {}}), "model");
+  AddressSpaceConfig config;
+  config.layout = LayoutPolicy::fixed;
+  config.page_faults = true;
+  AddressSpace space = *engine.create_address_space(config);
+  ASSERT_TRUE(space.attach({.pci_address = kernel->device(0).address()}));
+  std::atomic<unsigned> asked{0};
+  ASSERT_TRUE(space.on_page_fault([&](const PageFaultEvent&) -> std::optional<PageFaultAnswer> {
+    asked.fetch_add(1, std::memory_order_relaxed);
+    // The next call of this worker is the write of the answer.
+    base::arm_fault(static_cast<std::uint32_t>(base::FaultKind::kernel_call), 1);
+    return PageFaultAnswer::fail;
+  }));
+  std::array<std::byte, 4> bytes{};
+  const auto begun = std::chrono::steady_clock::now();
+  EXPECT_FALSE(kernel->device(0).dma_read(Iova{iova}, bytes).ok());
+  EXPECT_LT(std::chrono::steady_clock::now() - begun, std::chrono::seconds{5}) << "the device gave up by itself";
+  EXPECT_TRUE(base::disarm_fault()) << "the answer was never refused";
+  EXPECT_EQ(asked, 1U) << "the handler is asked once";
 }
 
 }  // namespace

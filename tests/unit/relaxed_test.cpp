@@ -97,6 +97,25 @@ TEST_F(RelaxedTest, FlushesInAddressOrderAndMergesWhatHasNothingLiveBetween) {
   EXPECT_EQ(backend_->live.size(), 1U);
 }
 
+TEST_F(RelaxedTest, FlushesAcrossHolesOnlyWhereTheBackendWalksThemCheaply) {
+  space_ = {};
+  engine_ = EngineAccess::open(std::make_unique<RecordingBackend>(backend_), "recording");
+  backend_->facts_.unmap_hole_max = Bytes{2 * page};
+  AddressSpaceConfig config;
+  config.layout = LayoutPolicy::fixed;
+  config.unmap = UnmapMode::relaxed;
+  config.relaxed.time_max = std::chrono::hours{1};
+  space_ = *engine_.create_address_space(config);
+  for (const std::uint64_t first : {10, 13, 17}) map(first);
+  for (const std::uint64_t first : {17, 13, 10}) unmap(pages(first));
+  backend_->batches.clear();
+  EXPECT_EQ(*space_.flush(), 12_KiB);
+  ASSERT_EQ(backend_->batches.size(), 1U);
+  ASSERT_EQ(backend_->batches[0].size(), 2U);
+  EXPECT_EQ(backend_->batches[0][0].range, pages(10, 4));
+  EXPECT_EQ(backend_->batches[0][1].range, pages(17));
+}
+
 TEST_F(RelaxedTest, AMapOfTheSameMemoryTakesTheStaleMappingOver) {
   const Completion first = map(16);
   unmap(pages(16));

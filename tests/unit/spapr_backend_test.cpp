@@ -37,6 +37,7 @@ class ClearingKernel final : public KernelDecorator {
   using KernelDecorator::KernelDecorator;
   int fail_map = 0;  ///< counts down; 1 fails the next one
   int fail_until = 0;
+  std::uint64_t unmaps = 0;
 
   long ioctl(int fd, unsigned long request, void* argument) noexcept override {
     if (request == Type1DmaMap::request && fail_map > 0 && --fail_map == 0) {
@@ -49,6 +50,7 @@ class ClearingKernel final : public KernelDecorator {
       }
       return -EFAULT;
     }
+    if (request == Type1DmaUnmap::request) ++unmaps;
     return inner().ioctl(fd, request, argument);
   }
 };
@@ -310,6 +312,19 @@ TEST_F(SpaprBackend, a_long_random_life_agrees_with_a_map_of_pages) {
   ASSERT_TRUE(space_->unmap_all());
   for (const RegionId region : regions) ASSERT_TRUE(space_->unregister_memory(region));
   EXPECT_EQ(host_->memlock().locked, space_->spapr()->windows().front().table);
+}
+
+TEST_F(SpaprBackend, says_how_wide_a_hole_one_call_walks) {
+  const Bytes widest = space_->facts().unmap_hole_max;
+  const TestMemory memory{4096};
+  for (const std::uint64_t hole : {widest.value, widest.value + 4096}) {
+    const IovaRange low = at(0x10'0000, 1), high = at(0x10'1000 + hole, 1);
+    ASSERT_TRUE(map(low, memory.address()).error.ok());
+    ASSERT_TRUE(map(high, memory.address()).error.ok());
+    const std::uint64_t before = kernel_->unmaps;
+    ASSERT_EQ(unmap({low.start, high.last}).bytes, Bytes{2 * 4096});
+    EXPECT_EQ(kernel_->unmaps - before, hole == widest.value ? 1U : 2U);
+  }
 }
 
 TEST(TceBookTest, stretches_bridge_small_holes_only) {

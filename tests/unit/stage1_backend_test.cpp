@@ -1,6 +1,7 @@
 // Stage-1 mode on the software IOMMU: what the conformance suite cannot see.
 #include <gtest/gtest.h>
 #include <poll.h>
+#include <sys/mman.h>
 
 #include <fstream>
 
@@ -10,6 +11,7 @@
 #include "backends/uapi/iommufd.hpp"
 #include "base/topology.hpp"
 #include "conformance/memory.hpp"
+#include "support/seed.hpp"
 
 namespace iovane::test {
 namespace {
@@ -189,6 +191,99 @@ TEST_P(Stage1Test, a_failed_invalidation_is_a_debt_that_is_paid_before_anything_
   EXPECT_TRUE(reads(base + m2, memory.page(1), 1));
   space_.reset();
   (void)region;
+}
+
+// What neighbours in a batch share is looked up once (MapRun): a batch must do what its operations do one by one.
+TEST_P(Stage1Test, a_batch_does_what_its_operations_do_one_by_one) {
+  model::ModelOptions options;
+  // Too large to be passed through, and its border within a table.
+  const std::uint64_t hole = base + m2 + 32 * k4;
+  for (model::DeviceOptions& device : options.devices)
+    device.reserved.push_back({{Iova{hole}, Iova{hole + (32U << 20) - 1}}, model::ReservedKind::reserved});
+  start(options);
+  const Memory first{80}, second{3, 2}, fixed{8, 3};
+  ASSERT_EQ(::mprotect(fixed.data(), fixed.length().value, PROT_READ), 0);
+  auto other = *backend_->create_space({});
+  ASSERT_TRUE(other->attach({.pci_address = model_->device(1).address()}));
+  std::vector<RegionId> here, there;
+  for (const Memory* memory : {&first, &second, &fixed}) {
+    here.push_back(registered(*memory));
+    there.push_back(*other->register_memory({.address = memory->data(), .length = memory->length()}));
+    ASSERT_EQ(here.back(), there.back());
+  }
+  const auto pinned_beside_tables = [&] {
+    return model_->usage().pinned.value - space_->table_memory().value - other->table_memory().value;
+  };
+  const std::uint64_t pinned = pinned_beside_tables();
+  Random random{seed()};
+  std::size_t done = 0, refused = 0;
+  for (int round = 0; round < 300; ++round) {
+    std::vector<BackendOp> ops;
+    RegionId region = here[0];
+    Access access = Access::read_write;
+    std::uint64_t at_iova = base, memory = 0;
+    for (int i = 0; i < 40; ++i) {
+      // Mostly the next page of the same memory; now and then another of everything.
+      if (random.one_in(8)) region = RegionId{static_cast<std::uint32_t>(random.below(5))};
+      if (random.one_in(8)) access = static_cast<Access>(random.below(4));
+      if (random.one_in(8)) at_iova = base + random.below(2) * m2 + random.below(64) * k4;
+      if (random.one_in(12)) at_iova = 0xfee0'0000 - 2 * k4;  // up to a reserved window
+      if (random.one_in(12)) at_iova = (std::uint64_t{1} << (random.one_in(2) ? 48 : 63)) - 2 * k4;  // out of reach
+      if (random.one_in(8)) memory = random.below(48) * k4;
+      std::uint64_t bytes = random.one_in(8) ? 1 + random.below(3 * k4) : k4;
+      if (random.one_in(10)) {  // as aligned as the memory, so that a group in it gets the hint
+        region = here[0];
+        bytes = 32 * k4;
+        at_iova = base + random.below(2) * m2 + ((first.address() + memory) & 0xffff);
+      }
+      const std::uint64_t skew = random.one_in(20) ? 8 : 0, iova_skew = random.one_in(20) ? 16 : 0;
+      const IovaRange range{Iova{at_iova + iova_skew}, Iova{at_iova + iova_skew + (bytes - 1)}};
+      BackendOp op{.kind = random.one_in(6) ? OpKind::map : OpKind::copy,
+                   .access = access,
+                   .region = region,
+                   .range = range,
+                   .memory = memory + skew};
+      if (region.value == 0) op.memory += first.address();  // unregistered
+      if (region.value == 0 && !random.one_in(4)) op.kind = OpKind::map;
+      if (random.one_in(4)) {
+        const IovaRange page = ops.empty() || random.one_in(3)
+                                   ? at(base + random.below(2) * m2 + random.below(64) * k4, 1)
+                                   : ops[random.below(ops.size())].range;
+        op = {.kind = OpKind::unmap,
+              .range = random.one_in(3)   ? range
+                       : random.one_in(8) ? at(base + random.below(2) * m2, 64)
+                                          : page};
+      }
+      ops.push_back(op);
+      at_iova += k4;
+      memory += k4;
+    }
+    std::vector<BackendOpResult> together(ops.size()), alone(ops.size());
+    space_->execute(ops, together);
+    for (std::size_t i = 0; i < ops.size(); ++i) other->execute({&ops[i], 1}, {&alone[i], 1});
+    for (std::size_t i = 0; i < ops.size(); ++i) {
+      ASSERT_EQ(together[i].error.code, alone[i].error.code)
+          << i << ": " << together[i].error.message() << " / " << alone[i].error.message();
+      ASSERT_EQ(together[i].error ? Bytes{} : together[i].bytes, alone[i].error ? Bytes{} : alone[i].bytes) << i;
+      ++(together[i].error ? refused : done);
+    }
+    for (std::uint64_t page = 0; page < 130; ++page) {
+      const Iova iova{base + page % 65 * k4 + page / 65 * m2};
+      std::array<std::byte, 32> a{}, b{};
+      const bool reached = model_->device(0).dma_read(iova, a).ok();
+      ASSERT_EQ(reached, model_->device(1).dma_read(iova, b).ok()) << page;
+      ASSERT_EQ(a, b) << page;
+      if (reached) {
+        ASSERT_EQ(model_->device(0).dma_write(iova, a).ok(), model_->device(1).dma_write(iova, b).ok()) << page;
+      }
+    }
+    ASSERT_TRUE(space_->unmap_all());
+    ASSERT_TRUE(other->unmap_all());
+    // What was pinned for a mapping alone went with it.
+    ASSERT_EQ(pinned_beside_tables(), pinned) << round;
+  }
+  EXPECT_GT(done, 1000U);
+  EXPECT_GT(refused, 1000U);
 }
 
 TEST_P(Stage1Test, unregistered_memory_is_pinned_for_its_mapping_alone) {

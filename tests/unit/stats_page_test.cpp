@@ -41,6 +41,8 @@ TEST_F(StatsPageTest, AnAddressSpacesCountersAreInTheFileWhileItLives) {
   ASSERT_EQ(::stat(path().c_str(), &about), 0);
   EXPECT_EQ(about.st_mode & 0777U, 0600U);
   ASSERT_EQ(static_cast<std::size_t>(about.st_size), StatsPage::file_bytes);
+  EXPECT_GE(static_cast<std::size_t>(about.st_blocks) * 512, StatsPage::file_bytes)
+      << "a counter in a full file system would end the process (SIGBUS)";
 
   const int file = ::open(path().c_str(), O_RDONLY | O_CLOEXEC);
   void* const memory = ::mmap(nullptr, StatsPage::file_bytes, PROT_READ, MAP_SHARED, file, 0);
@@ -87,6 +89,20 @@ TEST_F(StatsPageTest, AFileThatExistsIsNotTouched) {
   std::string content;
   std::ifstream{path()} >> content;
   EXPECT_EQ(content, "mine");
+}
+
+/// A process of the same number was killed and left its page: in a container that starts anew, the usual case.
+TEST_F(StatsPageTest, AnAutomaticNameThatIsTakenIsPassedOver) {
+  const auto first = *StatsPage::create("auto");
+  const std::size_t dot = first->path().rfind('.');
+  const auto number = std::stoul(first->path().substr(dot + 1));
+  const std::string taken = first->path().substr(0, dot + 1) + std::to_string(number + 1);
+  std::ofstream{taken} << "left behind";
+  const auto second = StatsPage::create("auto");
+  EXPECT_EQ(std::filesystem::file_size(taken), 11U) << "another's file is not touched";
+  std::filesystem::remove(taken);
+  ASSERT_TRUE(second) << second.error().message();
+  EXPECT_NE((*second)->path(), taken);
 }
 
 TEST_F(StatsPageTest, EveryCounterHasAName) {

@@ -1,14 +1,19 @@
 #include "cli/stats_reader.hpp"
 
 #include <fcntl.h>
-#include <sys/mman.h>
+#include <signal.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <cstddef>
 #include <cstring>
 #include <filesystem>
+#include <limits>
+#include <memory>
+#include <utility>
 
 #include "base/error_text.hpp"
 #include "base/os_error.hpp"
@@ -22,9 +27,24 @@ using engine::StatsPage;
 using engine::StatsPageHeader;
 using engine::StatsSlot;
 
+/// Anybody may have written it: what is not printable ASCII is shown as question marks.
 template <std::size_t size>
 std::string text_of(const std::array<char, size>& field) {
-  return {field.data(), ::strnlen(field.data(), size)};
+  std::string text{field.data(), ::strnlen(field.data(), size)};
+  for (char& c : text)
+    if (c < ' ' || c > '~') c = '?';
+  return text;
+}
+
+/// Reads, where a mapping of a file that its owner cuts off meanwhile would end this process.
+bool read_at(const base::UniqueFd& file, std::size_t offset, void* into, std::size_t bytes) noexcept {
+  return ::pread(file.get(), into, bytes, static_cast<off_t>(offset)) == static_cast<ssize_t>(bytes);
+}
+
+/// Whether the process that wrote the page is there; true also for one that may not be asked.
+bool is_running(std::uint32_t process) noexcept {
+  return process != 0 && process <= std::numeric_limits<pid_t>::max() &&
+         (::kill(static_cast<pid_t>(process), 0) == 0 || errno != ESRCH);
 }
 
 }  // namespace
@@ -32,7 +52,8 @@ std::string text_of(const std::array<char, size>& field) {
 std::vector<std::string> find_pages(std::uint32_t process) {
   std::vector<std::string> pages;
   std::error_code ignored;  // no such folder: no pages
-  for (const auto& entry : std::filesystem::directory_iterator{StatsPage::folder, ignored}) {
+  for (std::filesystem::directory_iterator at{StatsPage::folder, ignored}, end; at != end; at.increment(ignored)) {
+    const auto& entry = *at;
     const std::string name = entry.path().filename();
     if (!name.starts_with(StatsPage::prefix)) continue;
     std::uint32_t owner = 0;
@@ -44,40 +65,46 @@ std::vector<std::string> find_pages(std::uint32_t process) {
 }
 
 Result<std::vector<SpaceStats>> read_page(const std::string& path) {
-  const base::UniqueFd file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  // Not blocking: somebody may have put a FIFO there.
+  const base::UniqueFd file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   if (!file)
     return base::fail(base::errc_from_errno(errno), Stage::open, errno, "cannot open {}: {}", path,
                       std::strerror(errno));
   struct stat about {};
-  if (::fstat(file.get(), &about) != 0 || static_cast<std::size_t>(about.st_size) < StatsPage::file_bytes)
-    return base::fail(Errc::bad_format, Stage::open, 0, "{} is no statistics page of this version of iovane: too short",
-                      path);
-  void* const memory = ::mmap(nullptr, StatsPage::file_bytes, PROT_READ, MAP_SHARED, file.get(), 0);
-  if (memory == MAP_FAILED) return base::fail(base::errc_from_errno(errno), Stage::open, errno, "cannot map {}", path);
+  if (::fstat(file.get(), &about) != 0 || !S_ISREG(about.st_mode) ||
+      static_cast<std::size_t>(about.st_size) < StatsPage::file_bytes)
+    return base::fail(Errc::bad_format, Stage::open, 0,
+                      "{} is no statistics page of this version of iovane: too short, or not a file", path);
   StatsPageHeader header;
-  std::memcpy(&header, memory, sizeof header);
-  if (header.magic != StatsPageHeader::magic_value || header.version != StatsPageHeader::version_value ||
-      header.slots != StatsPage::slots_max || header.slot_bytes != sizeof(StatsSlot)) {
-    ::munmap(memory, StatsPage::file_bytes);
+  if (!read_at(file, 0, &header, sizeof header) || header.magic != StatsPageHeader::magic_value ||
+      header.version != StatsPageHeader::version_value || header.slots != StatsPage::slots_max ||
+      header.slot_bytes != sizeof(StatsSlot))
     return base::fail(Errc::bad_format, Stage::open, 0,
                       "{} is no statistics page of this version of iovane; look with the iovane that the process was "
                       "built with",
                       path);
-  }
+  const bool running = is_running(header.process);
   std::vector<SpaceStats> rows;
-  const auto* const slots =
-      reinterpret_cast<const StatsSlot*>(static_cast<const std::byte*>(memory) + StatsPage::header_bytes);
+  const auto slot = std::make_unique<StatsSlot>();
   for (std::uint32_t i = 0; i < header.slots; ++i) {
-    const StatsSlot& slot = slots[i];
-    // acquire: pairs with the release in StatsPage::acquire().
-    const std::uint32_t tenant = slot.state.load(std::memory_order_acquire);
+    const std::size_t at = StatsPage::header_bytes + i * sizeof(StatsSlot);
+    if (!read_at(file, at, static_cast<void*>(slot.get()), sizeof(StatsSlot))) break;
+    // relaxed, here and below: the copy is this thread's alone.
+    const std::uint32_t tenant = slot->state.load(std::memory_order_relaxed);
     if (tenant == 0) continue;
-    SpaceStats row{
-        path, header.process, text_of(slot.name), text_of(slot.backend), tenant, i, engine::stats_of(slot.counters)};
-    // relaxed: a row that changed hands meanwhile is left out, at worst one of mixed values is shown once.
-    if (slot.state.load(std::memory_order_relaxed) == tenant) rows.push_back(std::move(row));
+    SpaceStats row{path,
+                   header.process,
+                   running,
+                   text_of(slot->name),
+                   text_of(slot->backend),
+                   tenant,
+                   i,
+                   engine::stats_of(slot->counters)};
+    // A row that changed hands meanwhile is left out, at worst one of mixed values is shown once.
+    std::uint32_t still = 0;
+    if (read_at(file, at + offsetof(StatsSlot, state), &still, sizeof still) && still == tenant)
+      rows.push_back(std::move(row));
   }
-  ::munmap(memory, StatsPage::file_bytes);
   return rows;
 }
 

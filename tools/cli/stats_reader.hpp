@@ -14,6 +14,7 @@ namespace iovane::cli {
 struct SpaceStats {
   std::string page;  ///< the file
   std::uint32_t process = 0;
+  bool running = false;  ///< false: the process has ended without removing its page
   std::string name;
   std::string backend;
   std::uint32_t tenant = 0;  ///< changes when the slot gets another address space

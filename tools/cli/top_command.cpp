@@ -75,7 +75,8 @@ std::string text(const Look& now, const Look& before) {
     const auto found = earlier.find({row.page, row.slot, row.tenant});
     const Stats then = found != earlier.end() ? *found->second : Stats{};
     const auto rate = [&](std::uint64_t count, std::uint64_t base) { return format_rate(count - base, elapsed); };
-    table.add({std::to_string(row.process), row.name, row.backend, rate(s.maps, then.maps), rate(s.unmaps, then.unmaps),
+    table.add({fmt::format("{}{}", row.process, row.running ? "" : " (ended)"), row.name, row.backend,
+               rate(s.maps, then.maps), rate(s.unmaps, then.unmaps),
                format_ratio(static_cast<double>(s.backend_ops - then.backend_ops),
                             static_cast<double>(s.maps + s.unmaps - then.maps - then.unmaps)),
                format_count(s.failures), format_count(s.live_mappings), format_bytes(s.live_bytes),
@@ -97,6 +98,7 @@ nlohmann::ordered_json json(const Look& now) {
                                     {"max_ns", d.greatest_ns}};
     };
     spaces.push_back({{"process", row.process},
+                      {"running", row.running},
                       {"name", row.name},
                       {"backend", row.backend},
                       {"maps", s.maps},

@@ -86,9 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Without "sleep=off" a guest that waits would wait as long as the host's clock says.
+COUNTED = ["-icount", "shift=1,sleep=off"]
+
+
 def _run_options(run: argparse.ArgumentParser) -> None:
     size = run.add_argument_group("size")
-    size.add_argument("--cpus", type=int, default=2, metavar="N", help="(%(default)s)")
+    size.add_argument("--cpus", type=int, metavar="N", help="(2; with --counted 1)")
+    size.add_argument("--counted", action="store_true", help="a clock that counts instructions, two nanoseconds each: waiting takes no time, ratios are exact whatever the host does, and one CPU runs at a time")
     size.add_argument("--numa", type=int, default=1, metavar="N", help="NUMA nodes; CPUs and memory are dealt out evenly (%(default)s)")
     size.add_argument("--memory", type=_size_mib, default=2048, metavar="SIZE", help="like 512M or 4G (2G)")
     size.add_argument("--hugepages", type=int, default=0, metavar="N", help="huge pages of the default size, reserved at boot")
@@ -170,7 +175,8 @@ def _extra_config(options) -> str:
 
 def _run(options) -> int:
     chosen = machine.find(options.arch, options.machine)
-    wish = machine.Wish(options.cpus, options.numa, options.memory, options.edu, options.iommu or chosen.iommus[0])
+    cpus = options.cpus or (1 if options.counted else 2)
+    wish = machine.Wish(cpus, options.numa, options.memory, options.edu, options.iommu or chosen.iommus[0])
     machine.check(wish, chosen)
     job = guest.Job(
         program=find_program(options.command[0]),
@@ -183,7 +189,7 @@ def _run(options) -> int:
         environment=_environment(options.env),
         bind=([machine.EDU] if options.edu and wish.iommu != "none" else []) + options.bind,
         devices=options.device,
-        emulator_arguments=options.qemu,
+        emulator_arguments=(COUNTED if options.counted else []) + options.qemu,
         command_line=([f"hugepages={options.hugepages}"] if options.hugepages else []) + options.append,
         dma_entry_limit=options.dma_entry_limit,
         allowed=options.allow,

@@ -111,11 +111,11 @@ def download(package: str, suite: Suite, into: Path, attempts: int = ATTEMPTS) -
     return found[0]
 
 
-def download_closure(package: str, suite: Suite, into: Path) -> list[Path]:
-    """Fetches the package and everything it depends on, as for a host that has nothing yet."""
+def download_closure(packages: list[str], suite: Suite, into: Path) -> list[Path]:
+    """Fetches the packages and everything they depend on, as for a host that has nothing yet."""
     archives = [f"-oDir::Cache::archives={into}", "-oDebug::NoLocking=1"]
     (into / "partial").mkdir()
-    _insist(["apt-get", "-q", "-y", "--no-install-recommends", "--download-only", *apt_options(suite), *archives, "install", package])
+    _insist(["apt-get", "-q", "-y", "--no-install-recommends", "--download-only", *apt_options(suite), *archives, "install", *packages])
     return sorted(into.glob("*.deb"))
 
 

@@ -45,6 +45,6 @@ def _fetch(package: str, into: Path) -> None:
     debs = into / "debs"
     debs.mkdir()
     with Progress(f"emulator: fetching {package} and its libraries"):
-        for deb in debian.download_closure(package, NEWER, debs):
+        for deb in debian.download_closure([package], NEWER, debs):
             debian.unpack(deb, into)
     shutil.rmtree(debs)

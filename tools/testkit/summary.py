@@ -41,10 +41,30 @@ def labels_by_name(listing: Path) -> dict[str, str]:
     return labels
 
 
+# What a failed program said, where it said it: gtest's failed cases, Python's, and the lab's own words about the kernel and the clock.
+SAYS = 6
+MOST = 40
+GTEST_FAILED = re.compile(r"^\[ RUN      \] (\S+)\n((?:(?!^\[ RUN      \]).*\n)*?)^\[  FAILED  \] ", re.MULTILINE)
+GTEST_FAILURE = re.compile(r"^\S+:\d+: Failure\n.*", re.MULTILINE | re.DOTALL)
+SPOKE = re.compile(r"^(?:lab: |FAIL: |ERROR: |.*(?:Sanitizer|Error|error): ).*$", re.MULTILINE)
+
+
+def failure_details(output: str) -> list[str]:
+    """The few lines of a failed test's output from which a reader knows what went wrong."""
+    details = []
+    for name, said in GTEST_FAILED.findall(output):
+        failure = GTEST_FAILURE.search(said)
+        lines = (failure.group(0) if failure else said).strip().splitlines()
+        details += [name, *(f"    {line.rstrip()}" for line in lines[:SAYS])]
+    if not details:
+        details = [match.group(0).rstrip() for match in SPOKE.finditer(output)][-SAYS:]
+    return details or [line.rstrip() for line in output.strip().splitlines()[-SAYS:]]
+
+
 class Tally:
     def __init__(self) -> None:
         self.counts: dict[str, Counter] = defaultdict(Counter)
-        self.failed: list[str] = []
+        self.failed: dict[str, list[str]] = {}
         self.skipped: dict[str, list[str]] = defaultdict(list)
         self.skipped_inside: dict[str, Counter] = defaultdict(Counter)
 
@@ -64,10 +84,12 @@ class Tally:
             self.skipped[reason].append(f"{run}: {name}")
         elif skipped is not None:
             self.counts[label]["failed"] += 1
-            self.failed.append(f"{run}: {name} ({message or 'not run'})")
+            self.failed[f"{run}: {name} ({message or 'not run'})"] = failure_details(output)
         elif case.find("failure") is not None or case.get("status") == "fail":
             self.counts[label]["failed"] += 1
-            self.failed.append(f"{run}: {name}")
+            failure = case.find("failure")
+            why = failure.get("message") if failure is not None else ""
+            self.failed[f"{run}: {name}" + (f" ({why})" if why else "")] = failure_details(output)
         else:
             self.counts[label]["passed"] += 1
             # One ctest can be a whole gtest program, in the lab for instance: what it skipped inside counts as a part.
@@ -89,9 +111,6 @@ def summarize(directory: Path, other_failures: list[str]) -> tuple[str, int]:
     lines = ["", f"{'label':<16}{'passed':>8}{'failed':>8}{'skipped':>8}", "-" * 40]
     for label, counter in sorted(tally.counts.items()):
         lines.append(f"{label:<16}{counter['passed']:>8}{counter['failed']:>8}{counter['skipped']:>8}")
-    failed = [*other_failures, *tally.failed]
-    if failed:
-        lines += ["", "failed:", *(f"  {name}" for name in failed)]
     if tally.skipped:
         lines += ["", "skipped:"]
         for reason, names in sorted(tally.skipped.items(), key=lambda item: -len(item[1])):
@@ -101,10 +120,16 @@ def summarize(directory: Path, other_failures: list[str]) -> tuple[str, int]:
     for name, reasons in sorted(tally.skipped_inside.items()):
         lines += ["", f"skipped inside {name}, which passed:"]
         lines += [f"  {count} because: {reason}" for reason, count in reasons.most_common()]
-    if tally.total("passed") + len(failed) == 0:
+    # Last, because an output that is too long loses its middle.
+    failures = len(other_failures) + len(tally.failed)
+    if failures:
+        lines += ["", "failed:", *(f"  {name}" for name in other_failures)]
+        for name, details in tally.failed.items():
+            lines += [f"  {name}", *(f"      {detail}"[:200] for detail in details[:MOST])]
+    if tally.total("passed") + failures == 0:
         lines += ["", "no test ran"]
-    lines += ["", f"{tally.total('passed')} passed, {len(failed)} failed, {tally.total('skipped')} skipped"]
-    return "\n".join(lines), 1 if failed or tally.total("passed") == 0 else 0
+    lines += ["", f"{tally.total('passed')} passed, {failures} failed, {tally.total('skipped')} skipped"]
+    return "\n".join(lines), 1 if failures or tally.total("passed") == 0 else 0
 
 
 if __name__ == "__main__":
