@@ -105,6 +105,8 @@ class ShadowIndex {
     if (iova > last_address_ || leaf_slots(iova) == nullptr) return nullptr;
     return &const_cast<Node*>(cached_node_)->slots[slot_of(iova, 0)];
   }
+  /// Of what granule_slot() gave.
+  bool is_last_of_node(const std::uint64_t* slot) const noexcept { return slot == &cached_node_->slots.back(); }
   /// fill() of a free slot and clear() of one that is not, right after granule_slot() gave it.
   void fill_granule(std::uint64_t* slot, std::uint64_t word) noexcept {
     auto* node = const_cast<Node*>(cached_node_);

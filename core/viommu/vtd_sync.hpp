@@ -49,8 +49,10 @@ inline bool sync_entry(const GuestMemory::View& view, ShadowDomain& domain, cons
   if (want == had) return true;
   const IovaRange range{Iova{iova}, Iova{iova + 4095}};
   if (want == 0) {
+    if (domain.unmap_granule(range, CutRule::cut, tag)) return true;
     if (const auto gone = domain.unmap(view, range, CutRule::cut, tag); !gone) error = gone.error();
   } else if (had == 0) {
+    if (domain.map_granule(view, range, LeafWord::gpa(want), LeafWord::access(want), tag)) return true;
     if (const auto done = domain.map(view, range, LeafWord::gpa(want), LeafWord::access(want), tag); !done)
       error = done.error();
   } else {
