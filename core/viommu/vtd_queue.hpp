@@ -69,7 +69,7 @@ class VtdQueue {
       if (wide) return {load(words), load(words + 1), load(words + 2), load(words + 3)};
       return {load(words), load(words + 1), 0, 0};
     }
-    void skip() noexcept { words += wide ? 4 : 2, --count; }
+    void step() noexcept { words += wide ? 4 : 2; }
   };
   Run unread(const GuestMemory::View& view) const noexcept {
     Run run{place(view), 0, entry_shift_ == 5};

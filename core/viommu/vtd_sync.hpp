@@ -37,9 +37,10 @@ SyncOutcome sync_entries(const GuestMemory::View& view, ShadowDomain& domain, co
 
 /// The same for one entry, where the domain has leaves of that size or none at all nearby: the common case, cut short.
 /// False: it has not, and nothing was done; sync_entries() knows what to do.
-inline bool sync_entry(const GuestMemory::View& view, ShadowDomain& domain, const VtdEntryRules& rules,
-                       std::uint64_t iova, const std::uint64_t* entry, Access inherited, std::uint32_t tag,
-                       bool& reserved, Error& error) noexcept {
+[[gnu::always_inline]] inline bool sync_entry(const GuestMemory::View& view, ShadowDomain& domain,
+                                              const VtdEntryRules& rules, std::uint64_t iova,
+                                              const std::uint64_t* entry, Access inherited, std::uint32_t tag,
+                                              bool& reserved, Error& error) noexcept {
   const std::uint64_t* have = domain.index().leaf_slots(iova);
   if (have == nullptr) return false;
   std::uint64_t word = GuestMemory::View::load(entry);
