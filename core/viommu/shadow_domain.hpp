@@ -104,6 +104,11 @@ class ShadowDomain {
   bool map_granule(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
                    std::uint32_t tag) noexcept;
   bool unmap_granule(const IovaRange& range, CutRule rule, std::uint32_t tag) noexcept;
+  /// The same for who has index().granule_slot() of a granule already; `access` is not none, `gpa` aligned.
+  bool map_slot(const View& view, std::uint64_t* slot, std::uint64_t iova, std::uint64_t gpa, Access access,
+                std::uint32_t tag) noexcept;
+  bool unmap_slot(std::uint64_t* slot, std::uint64_t iova, CutRule rule, std::uint32_t tag) noexcept;
+  std::uint64_t* granule_slot(std::uint64_t iova) noexcept { return index_.granule_slot(iova); }
   /// Makes a range say exactly this, whatever it said before; true when anything changed. A single leaf that is its
   /// own unit is replaced in one operation.
   Result<bool> assign(const View& view, IovaRange range, std::uint64_t gpa, Access access,

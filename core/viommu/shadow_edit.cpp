@@ -67,6 +67,7 @@ Result<void> ShadowDomain::check_range(const IovaRange& range, std::uint64_t gpa
 Result<void> ShadowDomain::map(const View& view, IovaRange range, std::uint64_t gpa, Access access,
                                std::uint32_t tag) noexcept {
   if (map_granule(view, range, gpa, access, tag)) return {};
+  begin_edit();
   if (auto checked = check_range(range, gpa, access); !checked) return checked;
   if (!index_.is_free(range))
     return base::fail(Errc::iova_busy, Stage::validate, 0, "{}: something is mapped in {:#x}..{:#x}", config_.name,
@@ -176,6 +177,7 @@ bool ShadowDomain::stage_remainder(const View& view, IovaRange range, std::uint3
 
 Result<std::uint32_t> ShadowDomain::unmap(const View& view, IovaRange range, CutRule rule, std::uint32_t tag) noexcept {
   if (unmap_granule(range, rule, tag)) return 1U;
+  begin_edit();
   if (!range.well_formed() || range.start > index_.everything().last) return 0U;
   range.last = std::min(range.last, index_.everything().last);
   if (rule == CutRule::cut) {  // a granule is the smallest thing there is
@@ -238,6 +240,7 @@ Result<std::uint32_t> ShadowDomain::unmap(const View& view, IovaRange range, Cut
 Result<bool> ShadowDomain::assign(const View& view, IovaRange range, std::uint64_t gpa, Access access,
                                   std::uint32_t tag) noexcept {
   if (map_granule(view, range, gpa, access, tag)) return true;  // there was nothing, and it is as simple as can be
+  begin_edit();
   if (auto checked = check_range(range, gpa, access); !checked) return checked.error();
   switch (index_.match(range, LeafWord::make(gpa, access))) {
     case ShadowIndex::Match::equal: return false;

@@ -65,19 +65,16 @@ std::uint32_t Vtd::read_common(const GuestMemory::View& view, VtdQueue::Run run)
   std::uint64_t budget = budget_.left;
   Domain* domain = domain_named_last();
   const std::uint64_t last = domain != nullptr ? domain->inputs.low.last.value : 0;
-  for (; read != run.count && budget != 0; ++read, run.step()) {
+  const auto id = static_cast<std::uint16_t>(named_.id);
+  for (; read != run.count && budget != 0; ++read, --budget, run.step()) {
     const VtdRawDescriptor raw = run.first();
     if (is_wait(raw)) {
       if (waits_pending_ == waits_.size()) break;
       waits_[waits_pending_++] = {raw[0], raw[1]};
-      --budget;
       continue;
     }
-    if (!is_page_invalidation(raw, config_.descriptors)) break;
-    --budget;
     const std::uint64_t iova = raw[1] & ~std::uint64_t{0xfff};
-    if (domain != nullptr && static_cast<std::uint16_t>(raw[0] >> 16) == named_.id && (raw[1] & 63) == 0 &&
-        iova <= last) [[likely]] {
+    if (domain != nullptr && is_invalidation_of_one_page(raw, id) && iova <= last) [[likely]] {
       Access inherited = Access::none;
       bool reserved = false;
       Error error;
@@ -85,24 +82,25 @@ std::uint32_t Vtd::read_common(const GuestMemory::View& view, VtdQueue::Run run)
       if (entry != nullptr &&
           sync_entry(view, domain->shadow, domain->rules, iova, entry, inherited, 0, reserved, error)) [[likely]] {
         ++compared;
-        if (budget != 0) --budget;
+        if (budget != 1) --budget;
         if (reserved) [[unlikely]]
           ++stats_.reserved_entries;
         if (error.ok()) [[likely]]
           continue;
         fail_domain(*domain, error);
         tasks_.push_back(emptying(*domain));
-        ++read;
+        ++read, --budget;
         break;
       }
     }
+    if (!is_page_invalidation(raw, config_.descriptors)) break;
     budget_.left = budget;
     VtdDescriptor pages;
     decode_page_invalidation(raw, pages);
     invalidate_pages(view, pages);
-    budget = budget_.left;
+    budget = std::max<std::uint64_t>(budget_.left, 1);
     if (tasks_wait() || domain_named_last() != domain) {  // another one, for the next run
-      ++read;
+      ++read, --budget;
       break;
     }
   }
