@@ -6,7 +6,8 @@
 // domain only (do not offer VIRTIO_F_IN_ORDER). ATTACH and DETACH order themselves against everything before and after
 // them, and wait for their host.
 //
-// Every request is copied once before it is looked at: the guest may rewrite its buffers at any time.
+// The guest may rewrite its buffers at any time, so every word of a request is loaded once and judged as loaded; what
+// must wait for its turn is copied when it is taken.
 //
 // What the specification leaves open, decided here: a MAP outside input_range, or to guest physical addresses beyond
 // `physical_bits`, is RANGE; one that no endpoint may use, or without READ and WRITE, is INVAL; an ATTACH of an
