@@ -212,8 +212,9 @@ Result<void> SpaceCore::detach(std::uint32_t device_id) {
     device_names_.erase(known);
   }
   refresh_facts();
-  (void)refresh_usable();  // a device less takes nothing away; what cannot be read now is read with the next one
-  return {};
+  // The device is gone in any case: what cannot be read now is read with the next one, but what vanished is told.
+  const auto refreshed = refresh_usable();
+  return refreshed || refreshed.error().code != Errc::iova_reserved ? Result<void>{} : refreshed;
 }
 
 SpaceCore::DeviceNames::node_type SpaceCore::named_device(const backends::DeviceSource& source) {

@@ -206,13 +206,15 @@ TEST_P(DeliverySweep, NothingIsLostAndNobodyWaitsForEver) {
     auto watch = space_.watch(bell.get(), [&] {
       const OwnBusiness mine;
       std::uint64_t count = 0;
-      if (::read(bell.get(), &count, sizeof count) == ssize_t{sizeof count}) heard.fetch_add(count);
+      if (::read(bell.get(), &count, sizeof count) == ssize_t{sizeof count})
+        heard.fetch_add(count, std::memory_order_relaxed);
       return true;
     });
     for (std::uint64_t i = 1; watch && i <= 3; ++i) {
       const std::uint64_t one = 1;
       EXPECT_EQ(::write(bell.get(), &one, sizeof one), ssize_t{sizeof one});
-      EXPECT_TRUE(comes_true([&] { return heard.load() == i; })) << "nobody heard of event " << i;
+      EXPECT_TRUE(comes_true([&] { return heard.load(std::memory_order_relaxed) == i; }))
+          << "nobody heard of event " << i;
     }
     // Fault records, where there are any.
     std::atomic<std::uint64_t> told{0};
@@ -220,7 +222,7 @@ TEST_P(DeliverySweep, NothingIsLostAndNobodyWaitsForEver) {
         space_.fault_record_fd() < 0 ? Result<Watch>{Watch{}} : space_.watch(space_.fault_record_fd(), [&] {
           std::array<FaultRecord, 4> some;
           const auto got = space_.read_fault_records(some);
-          told.fetch_add(got.value_or(0U));
+          told.fetch_add(got.value_or(0U), std::memory_order_relaxed);
           return true;
         });
     if (records && *records) {
@@ -229,7 +231,8 @@ TEST_P(DeliverySweep, NothingIsLostAndNobodyWaitsForEver) {
         std::array<std::byte, 4> bytes{};
         EXPECT_FALSE(kernel_->device(0).dma_read(at(40).start, bytes).ok());
       }
-      EXPECT_TRUE(comes_true([&] { return told.load() == 1; })) << "a fault record that nobody was told of";
+      EXPECT_TRUE(comes_true([&] { return told.load(std::memory_order_relaxed) == 1; }))
+          << "a fault record that nobody was told of";
     }
     // Batches that a worker executes, announced in every way.
     auto queue = space_.open_queue({.depth = 16, .submit = SubmitMode::never_block});
