@@ -15,8 +15,7 @@ constexpr std::uint32_t empty_looks_per_watch = 4096;
 
 }  // namespace
 
-DirectBatch::DirectBatch(SpaceCore& space) noexcept
-    : LaneNode{Kind::work}, executor_{space.executor()}, lane_{space.lane()} {}
+DirectBatch::DirectBatch(SpaceCore& space) noexcept : DirectBatch{space.executor(), space.lane()} {}
 
 std::shared_ptr<SpaceCore> DirectBatch::join(const AddressSpace& space) {
   space.core_->expect_company();

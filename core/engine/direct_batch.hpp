@@ -44,6 +44,7 @@ class DirectBatch final : public LaneNode {
  public:
   /// `space` outlives it.
   explicit DirectBatch(SpaceCore& space) noexcept;
+  DirectBatch(BatchExecutor& executor, Lane& lane) noexcept : LaneNode{Kind::work}, executor_{executor}, lane_{lane} {}
   /// Waits until what was submitted is final.
   ~DirectBatch() {
     if (pending_ || event_fd_) settle();

@@ -169,7 +169,7 @@ Error SpaceCore::closed_error() const noexcept {
 
 Completion SpaceCore::run_now(const Operation& operation) noexcept {
   Completion completion;
-  DirectBatch call{*this};
+  DirectBatch call{*executor_, lane_};
   if (!call.submit({&operation, 1}, {&completion, 1})) (void)call.wait(std::chrono::nanoseconds{-1});
   return completion;
 }

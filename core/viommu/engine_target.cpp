@@ -63,7 +63,7 @@ const EngineTarget::Place* EngineTarget::find_slowly(RegionId region) noexcept {
 
 // Writes the operations of the next piece where the engine reads them; their number. What an operation of its kind
 // does not look at stays as it was.
-std::size_t EngineTarget::fill(std::vector<OpFailure>& failures) noexcept {
+inline std::size_t EngineTarget::fill(std::vector<OpFailure>& failures) noexcept {
   const HostOp* const ops = ops_.data();
   Operation* out = operations_.data();
   const std::size_t stop = next_ + std::min(ops_.size() - next_, operations_.size());

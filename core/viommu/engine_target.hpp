@@ -65,7 +65,7 @@ class EngineTarget final : public ShadowTarget {
     return find_slowly(region);
   }
   const Place* find_slowly(RegionId region) noexcept;
-  std::size_t fill(std::vector<OpFailure>& failures) noexcept;
+  [[gnu::always_inline]] std::size_t fill(std::vector<OpFailure>& failures) noexcept;
   Progress hand_over(std::vector<OpFailure>& failures) noexcept;
   void take_failures(std::vector<OpFailure>& failures) const noexcept;
   std::optional<DirtyMemory> guest_memory_of(const MemoryPiece& piece) const noexcept;

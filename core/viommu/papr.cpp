@@ -205,8 +205,13 @@ std::int64_t PaprTce::shadow(const GuestMemory::View& view, Window& window, std:
       if (!kvm_->clear(*device.target, range)) return hcall::hardware;
     return hcall::success;
   }
-  if (access == Access::none) return domain.unmap(view, range, CutRule::cut, tag) ? hcall::success : hcall::hardware;
-  return domain.assign(view, range, tce & ~window.page_mask(), access, tag) ? hcall::success : hcall::hardware;
+  if (access == Access::none) {
+    if (domain.unmap_granule(range, CutRule::cut, tag)) return hcall::success;
+    return domain.unmap(view, range, CutRule::cut, tag) ? hcall::success : hcall::hardware;
+  }
+  const std::uint64_t gpa = tce & ~window.page_mask();
+  if (domain.map_granule(view, range, gpa, access, tag)) return hcall::success;
+  return domain.assign(view, range, gpa, access, tag) ? hcall::success : hcall::hardware;
 }
 
 Progress PaprTce::advance() noexcept {

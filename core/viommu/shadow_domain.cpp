@@ -70,7 +70,8 @@ void ShadowDomain::recompute_usable() {
   std::vector<IovaRange> usable{index_.everything()};
   for (const Side& side : sides_) usable = intersect(usable, side.usable);
   usable_ = subtract(usable, config_.reserved);
-  usable_hint_ = 0;
+  window_ = no_window;
+  room_ = sides_.empty() ? 0 : ops_.size();
   cut_in_place_ = !sides_.empty() &&
                   std::all_of(sides_.begin(), sides_.end(), [](const Side& s) { return s.target->unmap_may_cut(); });
   // relaxed: a gauge.

@@ -99,6 +99,16 @@ class ShadowDomain {
   Result<void> map(const View& view, IovaRange range, std::uint64_t gpa, Access access, std::uint32_t tag = 0) noexcept;
   /// Unmaps what is mapped inside a range, which may have holes or be empty; the number of leaves removed.
   Result<std::uint32_t> unmap(const View& view, IovaRange range, CutRule rule, std::uint32_t tag = 0) noexcept;
+  /// map() and unmap() of one granule where that is as simple as can be, in the caller's code: for front ends, whose
+  /// guests do hardly anything else. False: nothing was done, map() and unmap() know what to do. In shadow_granule.hpp.
+  bool map_granule(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
+                   std::uint32_t tag) noexcept;
+  bool unmap_granule(const IovaRange& range, CutRule rule, std::uint32_t tag) noexcept;
+  /// The same for who has index().granule_slot() of a granule already; `access` is not none, `gpa` aligned.
+  bool map_slot(const View& view, std::uint64_t* slot, std::uint64_t iova, std::uint64_t gpa, Access access,
+                std::uint32_t tag) noexcept;
+  bool unmap_slot(std::uint64_t* slot, std::uint64_t iova, CutRule rule, std::uint32_t tag) noexcept;
+  std::uint64_t* granule_slot(std::uint64_t iova) noexcept { return index_.granule_slot(iova); }
   /// Makes a range say exactly this, whatever it said before; true when anything changed. A single leaf that is its
   /// own unit is replaced in one operation.
   Result<bool> assign(const View& view, IovaRange range, std::uint64_t gpa, Access access,
@@ -160,28 +170,18 @@ class ShadowDomain {
     std::vector<HostOp> rollback;
   };
 
-  bool map_one(const View& view, const IovaRange& range, std::uint64_t gpa, Access access, std::uint32_t tag) noexcept;
-  bool unmap_one(const IovaRange& range, CutRule rule, std::uint32_t tag) noexcept;
-  Result<void> map_any(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
-                       std::uint32_t tag) noexcept;
-  Result<std::uint32_t> unmap_any(const View& view, IovaRange range, CutRule rule, std::uint32_t tag) noexcept;
-  Result<bool> assign_any(const View& view, const IovaRange& range, std::uint64_t gpa, Access access,
-                          std::uint32_t tag) noexcept;
   Result<void> check_range(const IovaRange& range, std::uint64_t gpa, Access access) const noexcept;
   Result<void> map_pieces(const View& view, IovaRange range, std::uint64_t gpa, Access access, bool head,
                           std::uint32_t tag) noexcept;
   const IovaRange* usable_at(std::uint64_t iova) const noexcept {
-    if (usable_hint_ < usable_.size() && usable_[usable_hint_].contains(Iova{iova})) [[likely]]
-      return &usable_[usable_hint_];
-    return find_usable(iova);
+    return window_.contains(Iova{iova}) ? &window_ : find_usable(iova);
   }
   const IovaRange* find_usable(std::uint64_t iova) const noexcept;
   std::uint64_t next_usable(std::uint64_t iova) const noexcept;
   bool border_is_clean(std::uint64_t iova, std::uint64_t flag) const noexcept;
   IovaRange unit_around(std::uint64_t iova) const noexcept;
   bool stage(const HostOp& op, std::uint32_t tag) noexcept;
-  bool stage_one(HostOp::Kind kind, const IovaRange& range, const Region* region, std::uint64_t gpa, Access access,
-                 std::uint32_t tag) noexcept;
+  HostOp* stage_in_place(std::uint32_t tag) noexcept;
   bool stage_remainder(const View& view, IovaRange range, std::uint32_t tag) noexcept;
   void begin_edit() noexcept {
     if (!failures_.empty()) failures_.clear();
@@ -214,11 +214,16 @@ class ShadowDomain {
   std::vector<HostOp> ops_;
   std::vector<std::uint32_t> tags_;
   std::size_t staged_ = 0;
+  std::size_t room_ = 0;  // of ops_; none while there is nobody to tell
+  HostOp for_nobody_;
   std::vector<EditFailure> failures_;
   std::vector<Side> sides_;
   std::vector<IovaRange> usable_;
-  mutable std::size_t usable_hint_ = 0;
+  static constexpr IovaRange no_window{iova_max, Iova{0}};
+  mutable IovaRange window_ = no_window;  // the one of usable_ that was asked for last
   Counters counters_;
 };
 
 }  // namespace iovane::viommu
+
+#include "viommu/shadow_granule.hpp"

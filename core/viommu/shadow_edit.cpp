@@ -23,6 +23,7 @@ bool ShadowDomain::stage(const HostOp& op, std::uint32_t tag) noexcept {
     try {
       tags_.resize(2 * staged_);
       ops_.resize(2 * staged_);
+      room_ = ops_.size();
     } catch (const std::bad_alloc&) {
       return false;
     }
@@ -32,28 +33,12 @@ bool ShadowDomain::stage(const HostOp& op, std::uint32_t tag) noexcept {
   return true;
 }
 
-// A map or an unmap of one granule, written where it stays. False: no room without an allocation; stage() makes it.
-[[gnu::always_inline]] inline bool ShadowDomain::stage_one(HostOp::Kind kind, const IovaRange& range,
-                                                           const Region* region, std::uint64_t gpa, Access access,
-                                                           std::uint32_t tag) noexcept {
-  if (sides_.empty()) return true;
-  if (staged_ == ops_.size()) return false;
-  HostOp& op = ops_[staged_];
-  op.range.start = range.start;
-  op.range.last = range.last;
-  op.kind = kind;
-  op.access = access;
-  if (region != nullptr) op.region = region->id, op.region_offset = gpa - region->gpa;
-  tags_[staged_++] = tag;
-  return true;
-}
-
 const IovaRange* ShadowDomain::find_usable(std::uint64_t iova) const noexcept {
   const auto place = std::upper_bound(usable_.begin(), usable_.end(), iova,
                                       [](std::uint64_t a, const IovaRange& r) { return a < r.start.value; });
   if (place == usable_.begin() || !std::prev(place)->contains(Iova{iova})) return nullptr;
-  usable_hint_ = static_cast<std::size_t>(std::prev(place) - usable_.begin());
-  return &usable_[usable_hint_];
+  window_ = *std::prev(place);
+  return &window_;
 }
 
 // The first usable address above `iova`, or 0 when there is none.
@@ -79,52 +64,10 @@ Result<void> ShadowDomain::check_range(const IovaRange& range, std::uint64_t gpa
   return {};
 }
 
-// The common edits, cut short: one granule of RAM, where the index and the last region and usable range are at hand.
-// False: nothing was done, take the long way, which also has the errors.
-[[gnu::always_inline]] inline bool ShadowDomain::map_one(const View& view, const IovaRange& range, std::uint64_t gpa,
-                                                         Access access, std::uint32_t tag) noexcept {
-  if (range.span() != granule_mask_ || ((range.start.value | gpa) & granule_mask_) != 0 || access == Access::none)
-    return false;
-  std::uint64_t* slot = index_.granule_slot(range.start.value);
-  if (slot == nullptr || *slot != 0) return false;
-  const Region* region = view.find(gpa);
-  const IovaRange* usable = usable_at(range.start.value);
-  if (region == nullptr || usable == nullptr || usable->last < range.last || region->last - gpa < granule_mask_ ||
-      (region->read_only && may_write(access)))
-    return false;
-  if (!stage_one(HostOp::Kind::map, range, region, gpa, access, tag)) return false;
-  index_.fill_granule(slot, LeafWord::make(gpa, access) | LeafWord::backed | LeafWord::unit | LeafWord::head);
-  add(counters_.leaves_mapped, 1);
-  return true;
-}
-
-[[gnu::always_inline]] inline bool ShadowDomain::unmap_one(const IovaRange& range, CutRule rule,
-                                                           std::uint32_t tag) noexcept {
-  if (range.span() != granule_mask_ || (range.start.value & granule_mask_) != 0) return false;
-  std::uint64_t* slot = index_.granule_slot(range.start.value);
-  const auto place = (range.start.value >> index_.granule_shift()) & (ShadowIndex::fan - 1);
-  if (slot == nullptr || place == ShadowIndex::fan - 1) return false;
-  // The granule is a host mapping of its own: it begins one, and what follows begins another, or is none.
-  const std::uint64_t begins = rule == CutRule::refuse ? LeafWord::unit | LeafWord::head : LeafWord::unit;
-  const std::uint64_t after = slot[1];
-  if ((*slot & (begins | LeafWord::backed)) != (begins | LeafWord::backed)) return false;
-  if (after != 0 && (after & begins) != begins) return false;
-  if (!stage_one(HostOp::Kind::unmap, range, nullptr, 0, Access::none, tag)) return false;
-  index_.clear_granule(slot);
-  add(counters_.leaves_unmapped, 1);
-  return true;
-}
-
 Result<void> ShadowDomain::map(const View& view, IovaRange range, std::uint64_t gpa, Access access,
                                std::uint32_t tag) noexcept {
+  if (map_granule(view, range, gpa, access, tag)) return {};
   begin_edit();
-  if (map_one(view, range, gpa, access, tag)) [[likely]]
-    return {};
-  return map_any(view, range, gpa, access, tag);
-}
-
-[[gnu::noinline]] Result<void> ShadowDomain::map_any(const View& view, const IovaRange& range, std::uint64_t gpa,
-                                                     Access access, std::uint32_t tag) noexcept {
   if (auto checked = check_range(range, gpa, access); !checked) return checked;
   if (!index_.is_free(range))
     return base::fail(Errc::iova_busy, Stage::validate, 0, "{}: something is mapped in {:#x}..{:#x}", config_.name,
@@ -233,14 +176,8 @@ bool ShadowDomain::stage_remainder(const View& view, IovaRange range, std::uint3
 }
 
 Result<std::uint32_t> ShadowDomain::unmap(const View& view, IovaRange range, CutRule rule, std::uint32_t tag) noexcept {
+  if (unmap_granule(range, rule, tag)) return 1U;
   begin_edit();
-  if (unmap_one(range, rule, tag)) [[likely]]
-    return 1U;
-  return unmap_any(view, range, rule, tag);
-}
-
-[[gnu::noinline]] Result<std::uint32_t> ShadowDomain::unmap_any(const View& view, IovaRange range, CutRule rule,
-                                                                std::uint32_t tag) noexcept {
   if (!range.well_formed() || range.start > index_.everything().last) return 0U;
   range.last = std::min(range.last, index_.everything().last);
   if (rule == CutRule::cut) {  // a granule is the smallest thing there is
@@ -302,13 +239,8 @@ Result<std::uint32_t> ShadowDomain::unmap(const View& view, IovaRange range, Cut
 
 Result<bool> ShadowDomain::assign(const View& view, IovaRange range, std::uint64_t gpa, Access access,
                                   std::uint32_t tag) noexcept {
+  if (map_granule(view, range, gpa, access, tag)) return true;  // there was nothing, and it is as simple as can be
   begin_edit();
-  if (map_one(view, range, gpa, access, tag)) return true;  // there was nothing, and it is as simple as can be
-  return assign_any(view, range, gpa, access, tag);
-}
-
-[[gnu::noinline]] Result<bool> ShadowDomain::assign_any(const View& view, const IovaRange& range, std::uint64_t gpa,
-                                                        Access access, std::uint32_t tag) noexcept {
   if (auto checked = check_range(range, gpa, access); !checked) return checked.error();
   switch (index_.match(range, LeafWord::make(gpa, access))) {
     case ShadowIndex::Match::equal: return false;

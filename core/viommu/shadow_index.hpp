@@ -101,10 +101,12 @@ class ShadowIndex {
   /// leaf only. All or nothing; limit_reached or out_of_memory when nodes run out. Returns the number of leaves.
   Result<std::uint32_t> fill(const IovaRange& range, std::uint64_t word, std::uint64_t flags_first) noexcept;
   /// The slot of one granule whose level-0 node is there; null otherwise. Good until the next edit of the index.
-  std::uint64_t* granule_slot(std::uint64_t iova) noexcept {
+  [[gnu::always_inline]] std::uint64_t* granule_slot(std::uint64_t iova) noexcept {
     if (iova > last_address_ || leaf_slots(iova) == nullptr) return nullptr;
     return &const_cast<Node*>(cached_node_)->slots[slot_of(iova, 0)];
   }
+  /// Of what granule_slot() gave.
+  bool is_last_of_node(const std::uint64_t* slot) const noexcept { return slot == &cached_node_->slots.back(); }
   /// fill() of a free slot and clear() of one that is not, right after granule_slot() gave it.
   void fill_granule(std::uint64_t* slot, std::uint64_t word) noexcept {
     auto* node = const_cast<Node*>(cached_node_);

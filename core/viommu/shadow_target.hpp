@@ -1,7 +1,7 @@
 // ShadowTarget: one host side of a guest domain, the place where its mappings must exist.
 //
-// A domain gives a target whole batches and learns what failed. Behind it is an engine queue (EngineTarget), or, in
-// tests and benchmarks, something that records or does nothing.
+// A domain gives a target whole batches and learns what failed. Behind it is the engine (EngineTarget), or, in tests
+// and benchmarks, something that records or does nothing.
 #pragma once
 
 #include <chrono>

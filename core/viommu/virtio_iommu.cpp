@@ -27,7 +27,7 @@ VirtioIommu::VirtioIommu(const GuestMemory& memory, VirtioIommuConfig config)
   config_.domain.granule_shift = static_cast<unsigned>(std::countr_zero(granule_));
   config_.domain.address_bits =
       std::max(config_.domain.granule_shift + 1, static_cast<unsigned>(std::bit_width(config_.input_range.last.value)));
-  slots_.reserve(config_.requests_max);
+  slots_.resize(config_.requests_max);
   dirty_.reserve(config_.domains_max + std::size_t{1});
 }
 
@@ -53,8 +53,7 @@ std::array<std::byte, virtio::config_bytes> VirtioIommu::config_space() const no
 
 Result<void> VirtioIommu::reset() {
   finish();
-  slots_.clear();
-  next_ = open_ = taken_ = 0;
+  count_ = next_ = open_ = taken_ = 0;
   features_ = 0;
   bypass_config_ = config_.bypass_at_boot;
   Result<void> outcome;
@@ -69,13 +68,15 @@ Result<void> VirtioIommu::reset() {
 }
 
 std::size_t VirtioIommu::handle(std::span<const Request> requests) noexcept {
-  if (taken_ == slots_.size()) {
-    slots_.clear();
-    next_ = open_ = taken_ = 0;
+  if (taken_ == count_) count_ = next_ = open_ = taken_ = 0;
+  const std::size_t n = std::min(slots_.size() - count_, requests.size());
+  std::size_t i = 0;
+  if (next_ == count_) i = start_common(requests.first(n));
+  for (; i < n; ++i) {
+    Slot& slot = slots_[count_++];
+    slot.request = requests[i];
+    slot.state = Slot::State::fresh;
   }
-  const std::size_t room = config_.requests_max - slots_.size();
-  const std::size_t n = std::min(room, requests.size());
-  slots_.insert(slots_.end(), requests.begin(), requests.begin() + static_cast<std::ptrdiff_t>(n));
   static_cast<void>(advance());
   return n;
 }
@@ -83,8 +84,8 @@ std::size_t VirtioIommu::handle(std::span<const Request> requests) noexcept {
 Progress VirtioIommu::advance() noexcept {
   for (;;) {
     const bool ended = !dirty_.empty() && commit_domains();
-    const bool began = next_ < slots_.size() && start_requests();
-    if (dirty_.empty() && open_ == slots_.size()) return Progress::done;
+    const bool began = next_ < count_ && start_requests();
+    if (dirty_.empty() && open_ == count_) return Progress::done;
     if (!ended && !began) return Progress::pending;
   }
 }
@@ -95,8 +96,7 @@ bool VirtioIommu::start_requests() noexcept {
   bool any = false;
   bool passed_held = false;
   Slot* const slots = slots_.data();
-  const std::size_t count = slots_.size();
-  for (std::size_t i = next_; i < count; ++i) {
+  for (std::size_t i = next_; i < count_; ++i) {
     Slot& slot = slots[i];
     if (slot.state <= Slot::State::held) {
       if (slot.state == Slot::State::fresh) copy_request(slot);
@@ -130,18 +130,17 @@ bool VirtioIommu::commit_domains() noexcept {
     domain->dirty = false;
     ++stats_.batches;
     for (const EditFailure& failure : domain->shadow.failures())
-      if (failure.tag < slots_.size() && slots_[failure.tag].status == Status::ok)
+      if (failure.tag < count_ && slots_[failure.tag].status == Status::ok)
         slots_[failure.tag].status = status_of(failure.error);
   }
   dirty_.resize(pending);
   if (pending == before) return false;
-  Slot* const slots = slots_.data();
-  const std::size_t count = slots_.size();
-  for (std::size_t i = open_; i < count; ++i) {
-    Slot& slot = slots[i];
-    if (slot.state == Slot::State::staged && !slot.domain->dirty) answer(slot, slot.status);
-    if (i == open_ && slot.state >= Slot::State::answered) ++open_;
-  }
+  Slot* const stop = slots_.data() + count_;
+  for (Slot* slot = slots_.data() + open_; slot != stop; ++slot)
+    if (slot->state == Slot::State::staged && !slot->domain->dirty) answer(*slot, slot->status);
+  Slot* open = slots_.data() + open_;
+  while (open != stop && open->state >= Slot::State::answered) ++open;
+  open_ = static_cast<std::size_t>(open - slots_.data());
   return true;
 }
 
@@ -162,16 +161,18 @@ void VirtioIommu::answer(Slot& slot, Status status) noexcept {
 
 std::size_t VirtioIommu::take_answers(std::span<Answer> out) noexcept {
   std::size_t n = 0;
-  Slot* const slots = slots_.data();
-  const std::size_t count = slots_.size();
-  for (std::size_t i = taken_; n < out.size() && i < count; ++i) {
-    Slot& slot = slots[i];
-    if (slot.state == Slot::State::answered) {
-      out[n++] = {slot.request.cookie, slot.written};
-      slot.state = Slot::State::taken;
+  bool all_before = true;  // are taken
+  Slot* const stop = slots_.data() + count_;
+  Slot* taken = slots_.data() + taken_;
+  for (Slot* slot = taken; n < out.size() && slot != stop; ++slot) {
+    if (slot->state == Slot::State::answered) {
+      out[n++] = {slot->request.cookie, slot->written};
+      slot->state = Slot::State::taken;
     }
-    if (i == taken_ && slot.state == Slot::State::taken) ++taken_;
+    all_before = all_before && slot->state == Slot::State::taken;
+    if (all_before) taken = slot + 1;
   }
+  taken_ = static_cast<std::size_t>(taken - slots_.data());
   return n;
 }
 

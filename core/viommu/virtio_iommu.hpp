@@ -6,7 +6,8 @@
 // domain only (do not offer VIRTIO_F_IN_ORDER). ATTACH and DETACH order themselves against everything before and after
 // them, and wait for their host.
 //
-// Every request is copied once before it is looked at: the guest may rewrite its buffers at any time.
+// The guest may rewrite its buffers at any time, so every word of a request is loaded once and judged as loaded; what
+// must wait for its turn is copied when it is taken.
 //
 // What the specification leaves open, decided here: a MAP outside input_range, or to guest physical addresses beyond
 // `physical_bits`, is RANGE; one that no endpoint may use, or without READ and WRITE, is INVAL; an ATTACH of an
@@ -142,14 +143,13 @@ class VirtioIommu {
       answered,
       taken,
     };
-    // NOLINTNEXTLINE(google-explicit-constructor): a range of requests becomes a range of slots
-    Slot(const Request& r) noexcept : request{r} {}
+    Slot() noexcept {}  // NOLINT(modernize-use-equals-default): leaves `bytes` as they are
     Request request;
     std::uint32_t written = 0;
     virtio::Status status = virtio::Status::ok;
     State state = State::fresh;
     Domain* domain = nullptr;  // of a staged one
-    Bytes72 bytes;             // the request, once it was looked at, as far as the driver gave any
+    Bytes72 bytes;             // the request, once it was looked at the long way, as far as the driver gave any
   };
 
   Endpoint* find_endpoint(std::uint32_t id) noexcept;
@@ -165,15 +165,26 @@ class VirtioIommu {
   Result<void> restore_from(StateReader& in);
   void fill_identity(Domain& domain);
   void update_reserved(Domain& domain);
+  std::size_t start_common(std::span<const Request> requests) noexcept;
+  void finish_start(Slot& slot, Domain* domain, virtio::Status status) noexcept;
   void copy_request(Slot& slot) noexcept;
   bool start_requests() noexcept;
   bool start(const GuestMemory::View& view, Slot& slot, std::uint32_t index) noexcept;
   void answer(Slot& slot, virtio::Status status) noexcept;
   virtio::Status do_attach(const Bytes72& bytes) noexcept;
   virtio::Status do_detach(const Bytes72& bytes) noexcept;
-  virtio::Status do_map(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag,
+  struct MapWords {
+    IovaRange range{};
+    std::uint64_t gpa = 0;
+    std::uint32_t flags = 0;
+  };
+  struct UnmapWords {
+    IovaRange range{};
+    std::uint32_t reserved = 0;
+  };
+  virtio::Status do_map(const GuestMemory::View& view, const MapWords& words, std::uint32_t tag,
                         Domain* domain) noexcept;
-  virtio::Status do_unmap(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag,
+  virtio::Status do_unmap(const GuestMemory::View& view, const UnmapWords& words, std::uint32_t tag,
                           Domain* domain) noexcept;
   void do_probe(const Bytes72& bytes, Slot& slot) noexcept;
   bool commit_domains() noexcept;
@@ -190,10 +201,11 @@ class VirtioIommu {
   std::unique_ptr<Domain> bypass_;                    // RAM as it is, for those who bypass
   Domain* last_domain_ = nullptr;                     // requests come in runs for one domain
   std::vector<Domain*> dirty_;
-  std::vector<Slot> slots_;
-  std::size_t next_ = 0;   // before it none is fresh or held
-  std::size_t open_ = 0;   // before it all are answered
-  std::size_t taken_ = 0;  // before it all are taken
+  std::vector<Slot> slots_;  // room for requests_max
+  std::size_t count_ = 0;    // how many are in use
+  std::size_t next_ = 0;     // before it none is fresh or held
+  std::size_t open_ = 0;     // before it all are answered
+  std::size_t taken_ = 0;    // before it all are taken
   VirtioIommuStats stats_;
 };
 

@@ -1,5 +1,6 @@
 // VirtioIommu's requests: what each asks for, and the status that the specification prescribes.
 #include <algorithm>
+#include <bit>
 #include <new>
 
 #include "viommu/virtio_iommu.hpp"
@@ -12,6 +13,17 @@ using virtio::get;
 using virtio::put;
 using virtio::RequestType;
 using virtio::Status;
+
+/// A little-endian word of guest memory, loaded once.
+template <typename Word>
+Word load_le(const Word* at) noexcept {
+  // relaxed: the driver's release of the buffer, which the VMM took, orders what is in it.
+  Word word = __atomic_load_n(at, __ATOMIC_RELAXED);
+  if constexpr (std::endian::native == std::endian::big)
+    word = sizeof word == 8 ? static_cast<Word>(__builtin_bswap64(word))
+                            : static_cast<Word>(__builtin_bswap32(static_cast<std::uint32_t>(word)));
+  return word;
+}
 
 }  // namespace
 
@@ -64,15 +76,64 @@ bool VirtioIommu::start(const GuestMemory::View& view, Slot& slot, std::uint32_t
   }
   Domain* domain = find_domain(get<std::uint32_t>(bytes, 4));
   if (domain != nullptr && domain->shadow.in_flight()) return true;
-  slot.status = type == RequestType::map ? do_map(view, bytes, index, domain) : do_unmap(view, bytes, index, domain);
+  const IovaRange range{Iova{get<std::uint64_t>(bytes, 8)}, Iova{get<std::uint64_t>(bytes, 16)}};
+  const Status status =
+      type == RequestType::map
+          ? do_map(view, {range, get<std::uint64_t>(bytes, 24), get<std::uint32_t>(bytes, 32)}, index, domain)
+          : do_unmap(view, {range, get<std::uint32_t>(bytes, 24)}, index, domain);
+  finish_start(slot, domain, status);
+  return true;
+}
+
+// A map or unmap that was judged and, if its status is ok, staged.
+inline void VirtioIommu::finish_start(Slot& slot, Domain* domain, Status status) noexcept {
   if (domain != nullptr && domain->shadow.staged() != 0) mark_dirty(*domain);
-  if (domain != nullptr && domain->dirty) {  // in its turn, even when it is refused
+  if (domain != nullptr && domain->dirty) [[likely]] {  // in its turn, even when it is refused
     slot.domain = domain;
+    slot.status = status;
     slot.state = Slot::State::staged;
   } else {
-    answer(slot, slot.status);
+    answer(slot, status);
   }
-  return true;
+}
+
+// Starts maps and unmaps of the domain that was named last, which are nearly all there is, straight from the driver's
+// buffers: each word is loaded once, and nothing is kept of them. Stops at the first other one, of which nothing has
+// been done. How many. Nothing that was taken before waits to be started.
+std::size_t VirtioIommu::start_common(std::span<const Request> requests) noexcept {
+  Domain* const domain = last_domain_;
+  if (domain == nullptr || domain->shadow.in_flight()) return 0;
+  const auto view = reader_.view();
+  const std::size_t first = count_;
+  for (const Request& request : requests) {
+    const auto* const words = reinterpret_cast<const std::uint64_t*>(request.readable.data());
+    if (request.readable.size() < virtio::unmap_bytes || (reinterpret_cast<std::uintptr_t>(words) & 7U) != 0 ||
+        request.writable.size() < virtio::tail_bytes)
+      break;
+    const std::uint64_t head = load_le(words);
+    const auto type = static_cast<RequestType>(head & 0xff);
+    if (head >> 32 != domain->id) break;
+    const auto tag = static_cast<std::uint32_t>(count_);
+    Status status = Status::ok;
+    if (type == RequestType::map && request.readable.size() >= virtio::map_bytes) {
+      const IovaRange range{Iova{load_le(words + 1)}, Iova{load_le(words + 2)}};
+      status = do_map(view, {range, load_le(words + 3), load_le(reinterpret_cast<const std::uint32_t*>(words + 4))},
+                      tag, domain);
+    } else if (type == RequestType::unmap) {
+      const IovaRange range{Iova{load_le(words + 1)}, Iova{load_le(words + 2)}};
+      status = do_unmap(view, {range, load_le(reinterpret_cast<const std::uint32_t*>(words + 3))}, tag, domain);
+    } else {
+      break;
+    }
+    Slot& slot = slots_[count_++];
+    slot.request.writable = request.writable;
+    slot.request.cookie = request.cookie;
+    finish_start(slot, domain, status);
+  }
+  while (open_ < count_ && slots_[open_].state >= Slot::State::answered) ++open_;
+  next_ = count_;
+  stats_.requests += count_ - first;
+  return count_ - first;
 }
 
 Status VirtioIommu::do_attach(const Bytes72& bytes) noexcept {
@@ -123,11 +184,9 @@ Status VirtioIommu::do_detach(const Bytes72& bytes) noexcept {
   return status_of(outcome.error());
 }
 
-Status VirtioIommu::do_map(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag,
-                           Domain* domain) noexcept {
-  const IovaRange range{Iova{get<std::uint64_t>(bytes, 8)}, Iova{get<std::uint64_t>(bytes, 16)}};
-  const auto gpa = get<std::uint64_t>(bytes, 24);
-  const auto flags = get<std::uint32_t>(bytes, 32);
+inline Status VirtioIommu::do_map(const GuestMemory::View& view, const MapWords& words, std::uint32_t tag,
+                                  Domain* domain) noexcept {
+  const auto& [range, gpa, flags] = words;
   const bool mmio = (features_ & virtio::feature_mmio) != 0;
   if ((flags & ~(virtio::map_read | virtio::map_write | (mmio ? virtio::map_mmio : 0))) != 0) return Status::invalid;
   if (domain == nullptr) return Status::not_found;
@@ -139,16 +198,18 @@ Status VirtioIommu::do_map(const GuestMemory::View& view, const Bytes72& bytes, 
   if (gpa_last < gpa || (config_.physical_bits < 64 && gpa_last >> config_.physical_bits != 0)) return Status::range;
   for (const IovaRange& reserved : domain->reserved)
     if (reserved.overlaps(range)) return Status::invalid;
+  if (domain->shadow.map_granule(view, range, gpa, access, tag)) return Status::ok;
   const auto mapped = domain->shadow.map(view, range, gpa, access, tag);
   return mapped ? Status::ok : status_of(mapped.error());
 }
 
-Status VirtioIommu::do_unmap(const GuestMemory::View& view, const Bytes72& bytes, std::uint32_t tag,
-                             Domain* domain) noexcept {
-  const IovaRange range{Iova{get<std::uint64_t>(bytes, 8)}, Iova{get<std::uint64_t>(bytes, 16)}};
-  if (get<std::uint32_t>(bytes, 24) != 0) return Status::invalid;
+inline Status VirtioIommu::do_unmap(const GuestMemory::View& view, const UnmapWords& words, std::uint32_t tag,
+                                    Domain* domain) noexcept {
+  const IovaRange& range = words.range;
+  if (words.reserved != 0) return Status::invalid;
   if (domain == nullptr) return Status::not_found;
   if (domain->bypass || !range.well_formed()) return Status::invalid;
+  if (domain->shadow.unmap_granule(range, CutRule::refuse, tag)) return Status::ok;
   const auto gone = domain->shadow.unmap(view, range, CutRule::refuse, tag);
   return gone ? Status::ok : status_of(gone.error());
 }

@@ -69,35 +69,6 @@ inline bool Vtd::may_read() const noexcept {
          !(tasks_wait() && tasks_.size() - task_next_ >= tasks_max);
 }
 
-// Page invalidations and waits, which are nearly all there is; stops at anything else, and where may_read() must be
-// asked again. The number of descriptors read.
-std::uint32_t Vtd::read_common(const GuestMemory::View& view, VtdQueue::Run& run) noexcept {
-  const std::uint32_t count = run.count;
-  for (; run.count != 0 && count - run.count < budget_.left; run.skip()) {
-    const VtdRawDescriptor raw = run.first();
-    if (is_wait(raw)) {
-      if (waits_pending_ == waits_.size()) break;
-      waits_[waits_pending_++] = {raw[0], raw[1]};
-    } else if (is_page_invalidation(raw, config_.descriptors)) {
-      if (!invalidate_named_page(view, raw)) {
-        VtdDescriptor pages;
-        decode_page_invalidation(raw, pages);
-        invalidate_pages(view, pages);
-        if (tasks_wait()) {
-          run.skip();
-          break;
-        }
-      }
-    } else {
-      break;
-    }
-  }
-  const std::uint32_t read = count - run.count;
-  static_cast<void>(budget_.take(read));
-  stats_.descriptors += read;
-  return read;
-}
-
 // True when there is nothing more to read. Stops at a descriptor that moves endpoints.
 bool Vtd::read_descriptors(const GuestMemory::View& view) noexcept {
   if (!queue_.on() || queue_error_) return true;

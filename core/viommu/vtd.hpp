@@ -176,13 +176,13 @@ class Vtd {
   Result<Domain*> domain_for(const GuestMemory::View& view, const VtdBinding& binding) noexcept;
   Domain& make_domain(const VtdBinding& binding);
   void drop_unused_domains() noexcept;
-  std::uint32_t read_common(const GuestMemory::View& view, VtdQueue::Run& run) noexcept;
+  Domain* domain_named_last() const noexcept;
+  std::uint32_t read_common(const GuestMemory::View& view, VtdQueue::Run run) noexcept;
   std::span<const std::unique_ptr<Domain>> domains_named(const VtdDescriptor& d) noexcept;
   bool tasks_wait() const noexcept { return task_next_ != tasks_.size(); }
   bool may_read() const noexcept;
   static bool is_named(const VtdDescriptor& d, const Domain& domain) noexcept;
   void invalidate(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
-  bool invalidate_named_page(const GuestMemory::View& view, const VtdRawDescriptor& raw) noexcept;
   void invalidate_pages(const GuestMemory::View& view, const VtdDescriptor& d) noexcept;
   void compare_pages(const GuestMemory::View& view, Domain& domain, const IovaRange& named, bool now) noexcept;
   bool compare_page(const GuestMemory::View& view, Domain& domain, std::uint64_t iova) noexcept;

@@ -48,13 +48,67 @@ inline bool Vtd::compare_page(const GuestMemory::View& view, Domain& domain, std
   return true;
 }
 
-// One page of the one domain that was named last: most of what there is. False: nothing was done, take the long way.
-bool Vtd::invalidate_named_page(const GuestMemory::View& view, const VtdRawDescriptor& raw) noexcept {
-  const auto id = static_cast<std::uint16_t>(raw[0] >> 16);
-  if (named_.id != id || named_.count != 1 || (raw[1] & 63) != 0 || tasks_wait()) return false;
+// The domain that the last page invalidation named, where it is the only one of its number and pages of it can be
+// compared at once; or null.
+inline Vtd::Domain* Vtd::domain_named_last() const noexcept {
+  if (named_.count != 1 || tasks_wait()) return nullptr;
   Domain& domain = *domains_[named_.first];
-  if (domain.binding.kind != VtdBinding::Kind::paging || domain.failed) return false;
-  return compare_page(view, domain, raw[1] & ~std::uint64_t{0xfff});
+  return domain.binding.kind == VtdBinding::Kind::paging && !domain.failed ? &domain : nullptr;
+}
+
+// Page invalidations and waits, which are nearly all there is; stops at anything else, and where may_read() must be
+// asked again. The number of descriptors read. One page of the domain named last takes no call: what compare_page()
+// does for one, this does for all of them.
+std::uint32_t Vtd::read_common(const GuestMemory::View& view, VtdQueue::Run run) noexcept {
+  std::uint32_t read = 0;
+  std::uint32_t compared = 0;
+  std::uint64_t budget = budget_.left;
+  Domain* domain = domain_named_last();
+  const std::uint64_t last = domain != nullptr ? domain->inputs.low.last.value : 0;
+  const auto id = static_cast<std::uint16_t>(named_.id);
+  for (; read != run.count && budget != 0; ++read, --budget, run.step()) {
+    const VtdRawDescriptor raw = run.first();
+    if (is_wait(raw)) {
+      if (waits_pending_ == waits_.size()) break;
+      waits_[waits_pending_++] = {raw[0], raw[1]};
+      continue;
+    }
+    const std::uint64_t iova = raw[1] & ~std::uint64_t{0xfff};
+    if (domain != nullptr && is_invalidation_of_one_page(raw, id) && iova <= last) [[likely]] {
+      Access inherited = Access::none;
+      bool reserved = false;
+      Error error;
+      const std::uint64_t* const entry = domain->path.find(view, iova, inherited);
+      if (entry != nullptr &&
+          sync_entry(view, domain->shadow, domain->rules, iova, entry, inherited, 0, reserved, error)) [[likely]] {
+        ++compared;
+        if (budget != 1) --budget;
+        if (reserved) [[unlikely]]
+          ++stats_.reserved_entries;
+        if (error.ok()) [[likely]]
+          continue;
+        fail_domain(*domain, error);
+        tasks_.push_back(emptying(*domain));
+        ++read, --budget;
+        break;
+      }
+    }
+    if (!is_page_invalidation(raw, config_.descriptors)) break;
+    budget_.left = budget;
+    VtdDescriptor pages;
+    decode_page_invalidation(raw, pages);
+    invalidate_pages(view, pages);
+    budget = std::max<std::uint64_t>(budget_.left, 1);
+    if (tasks_wait() || domain_named_last() != domain) {  // another one, for the next run
+      ++read, --budget;
+      break;
+    }
+  }
+  budget_.left = budget;
+  if (compared != 0 && domain->shadow.staged() != 0) mark_dirty(*domain);
+  stats_.entries_compared += compared;
+  stats_.descriptors += read;
+  return read;
 }
 
 void Vtd::invalidate_pages(const GuestMemory::View& view, const VtdDescriptor& d) noexcept {

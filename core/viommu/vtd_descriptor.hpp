@@ -92,6 +92,13 @@ inline bool is_page_invalidation(const VtdRawDescriptor& raw, const VtdDescripto
   return (raw[0] & type_scope_and_reserved) == pages_of_iotlb && (raw[1] & 0xf80) == 0 &&
          (raw[1] & 63) <= rules.address_mask_max && (raw[2] | raw[3]) == 0;
 }
+/// The most common of those: one page, of this domain.
+inline bool is_invalidation_of_one_page(const VtdRawDescriptor& raw, std::uint16_t domain) noexcept {
+  constexpr std::uint64_t all_but_hints = 0xe3f | 0xffff'ffff'ffff'f100;
+  const std::uint64_t wanted =
+      static_cast<std::uint64_t>(VtdDescriptor::Kind::iotlb) | 3U << 4 | std::uint64_t{domain} << 16;
+  return (raw[0] & all_but_hints) == wanted && (raw[1] & 0xfbf) == 0 && (raw[2] | raw[3]) == 0;
+}
 inline void decode_page_invalidation(const VtdRawDescriptor& raw, VtdDescriptor& out) noexcept {
   out.kind = VtdDescriptor::Kind::iotlb;
   out.scope = VtdDescriptor::Scope::page;

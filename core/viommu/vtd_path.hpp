@@ -24,8 +24,9 @@ class VtdPath {
   /// remembered one any more.
   const std::uint64_t* find(const GuestMemory::View& view, std::uint64_t iova, Access& inherited) const noexcept {
     if (iova >> span_shift != key_ || view.generation() != generation_) return nullptr;
-    for (unsigned i = 0; i < depth_; ++i)
-      if (load(steps_[i].entry) != steps_[i].value) return nullptr;
+    const Step* const stop = steps_.data() + depth_;
+    for (const Step* step = steps_.data(); step != stop; ++step)
+      if (load(step->entry) != step->value) return nullptr;
     inherited = inherited_;
     return leaves_ + (iova >> 12 & 511U);
   }

@@ -57,8 +57,8 @@ class VtdQueue {
   /// Unread descriptors that follow each other in host memory.
   struct Run {
     const std::uint64_t* words = nullptr;
-    std::uint32_t count = 0;  // none: the next one is not in RAM
-    bool wide = false;
+    std::uint32_t count = 0;   // none: the next one is not in RAM
+    std::uint32_t stride = 2;  // words of a descriptor
 
     /// Loads each word of the first one once.
     VtdRawDescriptor first() const noexcept {
@@ -66,13 +66,13 @@ class VtdQueue {
         const std::uint64_t value = GuestMemory::View::load(word);
         return std::endian::native == std::endian::big ? __builtin_bswap64(value) : value;
       };
-      if (wide) return {load(words), load(words + 1), load(words + 2), load(words + 3)};
+      if (stride == 4) return {load(words), load(words + 1), load(words + 2), load(words + 3)};
       return {load(words), load(words + 1), 0, 0};
     }
-    void skip() noexcept { words += wide ? 4 : 2, --count; }
+    void step() noexcept { words += stride; }
   };
   Run unread(const GuestMemory::View& view) const noexcept {
-    Run run{place(view), 0, entry_shift_ == 5};
+    Run run{place(view), 0, 1U << (entry_shift_ - 3)};
     if (run.words == nullptr) return run;
     run.count = (next_ <= tail_ ? tail_ : entries_) - next_;
     // In several regions: a descriptor is aligned to its size, so at least that one lies in one.

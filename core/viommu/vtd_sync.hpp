@@ -37,20 +37,23 @@ SyncOutcome sync_entries(const GuestMemory::View& view, ShadowDomain& domain, co
 
 /// The same for one entry, where the domain has leaves of that size or none at all nearby: the common case, cut short.
 /// False: it has not, and nothing was done; sync_entries() knows what to do.
-inline bool sync_entry(const GuestMemory::View& view, ShadowDomain& domain, const VtdEntryRules& rules,
-                       std::uint64_t iova, const std::uint64_t* entry, Access inherited, std::uint32_t tag,
-                       bool& reserved, Error& error) noexcept {
-  const std::uint64_t* have = domain.index().leaf_slots(iova);
-  if (have == nullptr) return false;
+[[gnu::always_inline]] inline bool sync_entry(const GuestMemory::View& view, ShadowDomain& domain,
+                                              const VtdEntryRules& rules, std::uint64_t iova,
+                                              const std::uint64_t* entry, Access inherited, std::uint32_t tag,
+                                              bool& reserved, Error& error) noexcept {
+  std::uint64_t* const slot = domain.granule_slot(iova);
+  if (slot == nullptr) return false;
   std::uint64_t word = GuestMemory::View::load(entry);
   if constexpr (std::endian::native == std::endian::big) word = __builtin_bswap64(word);
   const std::uint64_t want = rules.leaf_word(word, inherited, reserved);
-  const std::uint64_t had = have[iova >> 12 & 511U] & LeafWord::guest_mask;
+  const std::uint64_t had = *slot & LeafWord::guest_mask;
   if (want == had) return true;
   const IovaRange range{Iova{iova}, Iova{iova + 4095}};
   if (want == 0) {
+    if (domain.unmap_slot(slot, iova, CutRule::cut, tag)) return true;
     if (const auto gone = domain.unmap(view, range, CutRule::cut, tag); !gone) error = gone.error();
   } else if (had == 0) {
+    if (domain.map_slot(view, slot, iova, LeafWord::gpa(want), LeafWord::access(want), tag)) return true;
     if (const auto done = domain.map(view, range, LeafWord::gpa(want), LeafWord::access(want), tag); !done)
       error = done.error();
   } else {

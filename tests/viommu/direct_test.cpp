@@ -145,19 +145,30 @@ class ScalableGuest {
   std::uint32_t waited_ = 0;
 };
 
+/// Guest RAM, the host's nesting over a kernel, and a unit in scalable mode between them.
+struct ScalableUnit {
+  ScalableUnit(Kernel& kernel, std::size_t ram_bytes) : host{*GuestNesting::open(kernel, {})}, ram{ram_bytes} {
+    EXPECT_TRUE(memory.add(ram.config()));
+    EXPECT_TRUE(host->add_memory(0, {.address = ram.at(0), .length = Bytes{ram_bytes}}));
+  }
+  static VtdCapabilities first_level() {
+    VtdCapabilities out;
+    out.scalable = out.first_level = true;
+    return out;
+  }
+  std::unique_ptr<GuestNesting> host;
+  GuestRam ram;
+  GuestMemory memory;
+  Notes notes;
+  VtdDirect unit{memory, *host, first_level(), {.scalable = true}, notes};
+};
+
 TEST(VtdDirectTest, a_guests_unmap_is_final_when_its_wait_completes) {
   auto model = nesting_host(model::Nesting::vtd, 2);
   CountingKernel kernel{*model};
   {
-    auto host = *GuestNesting::open(kernel, {});
-    GuestRam ram{16U << 20};
-    GuestMemory memory;
-    ASSERT_TRUE(memory.add(ram.config()));
-    ASSERT_TRUE(host->add_memory(0, {.address = ram.at(0), .length = Bytes{16U << 20}}));
-    Notes notes;
-    VtdCapabilities capabilities;
-    capabilities.scalable = capabilities.first_level = true;
-    VtdDirect unit{memory, *host, capabilities, {.scalable = true}, notes};
+    ScalableUnit made{kernel, 16U << 20};
+    auto& [host, ram, memory, notes, unit] = made;
     ScalableGuest guest{ram, unit};
     const auto first = *host->attach({.pci_address = model->device(0).address()}, 8);
     const auto second = *host->attach({.pci_address = model->device(1).address()}, 16);
@@ -237,15 +248,8 @@ TEST(VtdDirectTest, without_the_hosts_invalidation_the_page_stays_reachable_and_
   auto model = nesting_host(model::Nesting::vtd, 1);
   DeafKernel kernel{*model};
   {
-    auto host = *GuestNesting::open(kernel, {});
-    GuestRam ram{16U << 20};
-    GuestMemory memory;
-    ASSERT_TRUE(memory.add(ram.config()));
-    ASSERT_TRUE(host->add_memory(0, {.address = ram.at(0), .length = Bytes{16U << 20}}));
-    Notes notes;
-    VtdCapabilities capabilities;
-    capabilities.scalable = capabilities.first_level = true;
-    VtdDirect unit{memory, *host, capabilities, {.scalable = true}, notes};
+    ScalableUnit made{kernel, 16U << 20};
+    auto& [host, ram, memory, notes, unit] = made;
     ScalableGuest guest{ram, unit};
     unit.add_endpoint(8, host->attach({.pci_address = model->device(0).address()}, 8)->id);
     const std::uint64_t table = guest.new_table();
@@ -401,15 +405,8 @@ TEST(Smmuv3DirectTest, a_guest_that_writes_nonsense_harms_itself_alone) {
 TEST(VtdDirectTest, a_guest_that_writes_nonsense_harms_itself_alone) {
   auto model = nesting_host(model::Nesting::vtd, 2);
   {
-    auto host = *GuestNesting::open(*model, {});
-    GuestRam ram{1U << 20};
-    GuestMemory memory;
-    ASSERT_TRUE(memory.add(ram.config()));
-    ASSERT_TRUE(host->add_memory(0, {.address = ram.at(0), .length = Bytes{1U << 20}}));
-    Notes notes;
-    VtdCapabilities capabilities;
-    capabilities.scalable = capabilities.first_level = true;
-    VtdDirect unit{memory, *host, capabilities, {.scalable = true}, notes};
+    ScalableUnit made{*model, 1U << 20};
+    auto& [host, ram, memory, notes, unit] = made;
     std::mt19937_64 random{test_seed()};
     for (std::uint16_t i = 0; i < 2; ++i)
       unit.add_endpoint(i, host->attach({.pci_address = model->device(i).address()}, i)->id);
