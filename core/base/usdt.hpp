@@ -1,5 +1,5 @@
 // Static probes for tracers outside the process (bpftrace, perf, systemtap): a no-op instruction and a note that says
-// where it is and where its arguments are. Without sys/sdt.h at build time there are none.
+// where it is and where its arguments are (Debian: systemtap-sdt-dev). Without sys/sdt.h at build time there are none.
 #pragma once
 
 #if __has_include(<sys/sdt.h>)
