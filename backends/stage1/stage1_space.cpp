@@ -164,10 +164,11 @@ bool Stage1Space::settle_each(const PendingRanges& pending, std::span<const Back
                               std::span<BackendOpResult> results) noexcept {
   constexpr int refusals_max = 4;
   const IovaRange everything = IovaRange::everything();
+  const bool one = pending.everything() || pending.spans().size() == 1;  // it was alone already
   int refusals = 0;
   bool done = true;
   for (const IovaRange& span : pending.everything() ? std::span{&everything, 1} : pending.spans()) {
-    if (refusals < refusals_max && !pending.everything() && invalidate_leaves({&span, 1}, false)) {
+    if (!one && refusals < refusals_max && invalidate_leaves({&span, 1}, false)) {
       refusals = 0;
       continue;
     }
