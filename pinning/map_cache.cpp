@@ -57,6 +57,7 @@ Result<std::unique_ptr<MapCache>> MapCache::open(PinProvider& provider, PinBudge
 }
 
 MapCache::~MapCache() {
+  if (!index_.is_open()) return;  // open() failed, and nothing was begun
   if (index_.is_forked_copy()) {
     // The pins, the monitor's threads and the budget's other caches are the parent's business.
     static_cast<void>(changed_.release());

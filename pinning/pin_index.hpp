@@ -139,6 +139,8 @@ class PinIndex {
 
   /// True in a process forked from the one that opened the index.
   bool is_forked_copy() const noexcept;
+  /// open() went through.
+  bool is_open() const noexcept { return number_ != 0; }
   std::uint32_t region_count() const noexcept;
   /// Bytes of memory behind the index.
   std::size_t memory_bytes() const noexcept;
