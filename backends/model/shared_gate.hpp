@@ -4,8 +4,8 @@
 // Roles. lock() and unlock() alone, lock_shared() and unlock_shared() together; any thread; both by the same thread.
 // Progress. Blocking on both sides. Shared entry is one RMW on a line of the thread's own (`slots_max` threads share
 //   none) unless somebody is inside alone or on the way in.
-// Invariant. Whoever is inside alone has seen every slot at 0 after `closed_` was set; whoever finds `closed_` set after
-//   counting in counts out again and waits for the mutex. So never both.
+// Invariant. Whoever is inside alone has seen every slot at 0 after `closed_` was set. Whoever counts in and then finds
+//   `closed_` set counts out again and waits for the mutex. So never both.
 // Edges. Dekker: slot RMW then closed_.load | closed_.store then slot.load, all seq_cst. R.inside / A.inside: what a
 //   shared user did happens before whoever enters alone next. R.open / A.open: the other way round.
 #pragma once
