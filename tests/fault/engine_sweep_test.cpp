@@ -35,6 +35,8 @@ struct Sweep {
   FaultKind kind;
   int os_errno;
 };
+// Names stay the same from run to run.
+void PrintTo(const Sweep& sweep, std::ostream* out) { *out << sweep.name; }
 
 class EngineSweep : public ::testing::TestWithParam<Sweep>, protected test::WorkloadMemory {
  protected:

@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <ostream>
 #include <string>
 #include <thread>
 #include <utility>
@@ -49,6 +50,8 @@ struct Sweep {
   const char* interface;
   FaultKind kind;
 };
+// Names stay the same from run to run.
+void PrintTo(const Sweep& sweep, std::ostream* out) { *out << sweep.name; }
 
 template <typename Condition>
 bool comes_true(Condition&& condition) {
