@@ -31,8 +31,9 @@ struct InterfaceCost {
   Interface interface = Interface::iommufd;
   std::vector<PairCost> pairs{};  ///< by length; empty: not measured
   std::string reason{};           ///< why not
-  /// What a map and its unmap cost in the cheaper way, in ns: the mean over the lengths, each as often as guests map
-  /// it.
+  /// What a map and its unmap cost in the cheaper way, in ns: the geometric mean over the lengths, each as often as
+  /// guests map it. Geometric, so that by how much a length is cheaper counts: large ones are measured with everything
+  /// at hand, and in ns they would outweigh the nine in ten that are small.
   double mean_ns() const noexcept;
 };
 
