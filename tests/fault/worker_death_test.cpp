@@ -10,6 +10,7 @@
 #include <array>
 #include <atomic>
 #include <cstdio>
+#include <optional>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -67,6 +68,21 @@ struct Sweep {
   UnmapMode unmap;
   bool understudy;
   bool understudy_dies_too;
+};
+
+/// Lets the worker's first call wait, so that others find it at work.
+class GatedKernel final : public backends::KernelDecorator {
+ public:
+  using KernelDecorator::KernelDecorator;
+  long ioctl(int fd, unsigned long request, void* argument) noexcept override {
+    if (on_thread('w') && closed.load(std::memory_order_acquire)) {
+      reached.store(true, std::memory_order_release);
+      while (closed.load(std::memory_order_acquire)) std::this_thread::yield();
+    }
+    return inner().ioctl(fd, request, argument);
+  }
+  std::atomic<bool> closed{true};
+  std::atomic<bool> reached{false};
 };
 
 class WorkerDeath : public ::testing::TestWithParam<Sweep>, protected test::WorkloadMemory {
@@ -151,7 +167,36 @@ class WorkerDeath : public ::testing::TestWithParam<Sweep>, protected test::Work
     index_and_kernel_agree();
   }
 
+  /// Plays once for each of the worker's kernel calls, fewer than `most`, in which it dies: before the call and after
+  /// it.
+  template <typename Play>
+  void each_death(std::uint64_t most, Play&& play) {
+    for (const auto when : {DeadlyKernel::When::before_call, DeadlyKernel::When::after_call}) {
+      std::uint64_t n = 0;
+      for (bool fired = true; fired;) {
+        ++n;
+        ASSERT_LT(n, most) << "the sweep does not end";
+        SCOPED_TRACE(::testing::Message() << "call " << n << (when == DeadlyKernel::When::after_call ? ", done" : ""));
+        kernel_ = *ModelKernel::create();
+        DeadlyKernel deadly{*kernel_, n, when, GetParam().understudy_dies_too};
+        play(deadly);
+        if (HasFatalFailure()) return;
+        fired = deadly.fired.load(std::memory_order_relaxed);  // relaxed: see DeadlyKernel
+        index_and_kernel_agree();
+        all_is_usable_again();
+        queue_ = Queue{};
+        space_ = AddressSpace{};
+        engine_ = Engine{};
+        EXPECT_EQ(kernel_->usage(), ModelUsage{}) << "something was left behind";
+        if (HasFailure()) return;
+      }
+      EXPECT_GT(n, 5U) << "the sweep reached hardly anything";
+      std::printf("%s: %llu deaths\n", GetParam().name, static_cast<unsigned long long>(n - 1));
+    }
+  }
+
   std::unique_ptr<ModelKernel> kernel_;
+  std::optional<GatedKernel> gated_;  // outlives the engine on it
   Engine engine_;
   AddressSpace space_;
   Memory registered_;
@@ -163,98 +208,48 @@ TEST_P(WorkerDeath, InAnyKernelCallLosesNothing) {
 #ifdef IOVANE_SANITIZED
   GTEST_SKIP() << "sanitizers do not bear a thread that ends by system call";
 #endif
-  for (const auto when : {DeadlyKernel::When::before_call, DeadlyKernel::When::after_call}) {
-    std::uint64_t n = 0;
-    for (bool fired = true; fired;) {
-      ++n;
-      ASSERT_LT(n, 500U) << "the sweep does not end";
-      SCOPED_TRACE(::testing::Message() << "call " << n << (when == DeadlyKernel::When::after_call ? ", done" : ""));
-      kernel_ = *ModelKernel::create();
-      DeadlyKernel deadly{*kernel_, n, when, GetParam().understudy_dies_too};
-      refused_ = 0;
-      open(deadly);
-      workload();
-      fired = deadly.fired.load(std::memory_order_relaxed);  // relaxed: see DeadlyKernel
-      EXPECT_TRUE(fired || refused_ == 0);
-      index_and_kernel_agree();
-      all_is_usable_again();
-      queue_ = Queue{};
-      space_ = AddressSpace{};
-      engine_ = Engine{};
-      EXPECT_EQ(kernel_->usage(), ModelUsage{}) << "something was left behind";
-      if (HasFailure()) return;
-    }
-    EXPECT_GT(n, 5U) << "the sweep reached hardly anything";
-    std::printf("%s: %llu deaths\n", GetParam().name, static_cast<unsigned long long>(n - 1));
-  }
+  each_death(500, [&](DeadlyKernel& deadly) {
+    refused_ = 0;
+    open(deadly);
+    workload();
+    EXPECT_TRUE(deadly.fired.load(std::memory_order_relaxed) || refused_ == 0);  // relaxed: see DeadlyKernel
+  });
 }
-
-/// Lets the worker's first call wait, so that others find it at work.
-class GatedKernel final : public backends::KernelDecorator {
- public:
-  using KernelDecorator::KernelDecorator;
-  long ioctl(int fd, unsigned long request, void* argument) noexcept override {
-    if (on_thread('w') && closed.load(std::memory_order_acquire)) {
-      reached.store(true, std::memory_order_release);
-      while (closed.load(std::memory_order_acquire)) std::this_thread::yield();
-    }
-    return inner().ioctl(fd, request, argument);
-  }
-  std::atomic<bool> closed{true};
-  std::atomic<bool> reached{false};
-};
 
 // The batch of another thread waits for the worker's lane, or is what the worker is executing.
 TEST_P(WorkerDeath, TakesNoDirectBatchAlong) {
 #ifdef IOVANE_SANITIZED
   GTEST_SKIP() << "sanitizers do not bear a thread that ends by system call";
 #endif
-  for (const auto when : {DeadlyKernel::When::before_call, DeadlyKernel::When::after_call}) {
-    std::uint64_t n = 0;
-    for (bool fired = true; fired;) {
-      ++n;
-      ASSERT_LT(n, 100U) << "the sweep does not end";
-      SCOPED_TRACE(::testing::Message() << "call " << n << (when == DeadlyKernel::When::after_call ? ", done" : ""));
-      kernel_ = *ModelKernel::create();
-      DeadlyKernel deadly{*kernel_, n, when, GetParam().understudy_dies_too};
-      GatedKernel gated{deadly};
-      open(gated);
-      auto core = engine::DirectBatch::join(space_);
-      std::array<Completion, 300> done;
-      std::vector<engine::Operation> operations;
-      for (std::uint64_t p = 8; p < 20; ++p) operations.emplace_back(request(p, memory(p)));
-      operations.emplace_back(UnmapRequest::of(at(8, 4)));
-      operations.emplace_back();                                   // a fence
-      while (operations.size() != 300) operations.emplace_back();  // into a second slice
-      operations.back() = engine::Operation{request(30, memory(30))};
-      {
-        engine::DirectBatch batch{*core};
-        stage(request(0, memory(0)));
-        queue_.submit();
-        while (!gated.reached.load(std::memory_order_acquire)) std::this_thread::yield();
-        ASSERT_FALSE(batch.submit(operations, done));
-        gated.closed.store(false, std::memory_order_release);
-        ASSERT_TRUE(batch.wait(20s)) << "the batch was lost";
-        std::size_t failures = 0;
-        for (const Completion& c : done) failures += c.ok() ? 0 : 1;
-        EXPECT_EQ(batch.failures(), failures);
-        EXPECT_LE(failures, 2U) << "one may be given up, and what was to unmap it";
-      }
-      std::array<Completion, 1> first;
-      ASSERT_EQ(queue_.wait(first, 1, 20s), 1U);
-      core.reset();
-      registered_ = Memory{};
-      fired = deadly.fired;
-      index_and_kernel_agree();
-      all_is_usable_again();
-      queue_ = Queue{};
-      space_ = AddressSpace{};
-      engine_ = Engine{};
-      EXPECT_EQ(kernel_->usage(), ModelUsage{}) << "something was left behind";
-      if (HasFailure()) return;
+  each_death(100, [&](DeadlyKernel& deadly) {
+    GatedKernel& gated = gated_.emplace(deadly);
+    open(gated);
+    auto core = engine::DirectBatch::join(space_);
+    std::array<Completion, 300> done;
+    std::vector<engine::Operation> operations;
+    for (std::uint64_t p = 8; p < 20; ++p) operations.emplace_back(request(p, memory(p)));
+    operations.emplace_back(UnmapRequest::of(at(8, 4)));
+    operations.emplace_back();                                   // a fence
+    while (operations.size() != 300) operations.emplace_back();  // into a second slice
+    operations.back() = engine::Operation{request(30, memory(30))};
+    {
+      engine::DirectBatch batch{*core};
+      stage(request(0, memory(0)));
+      queue_.submit();
+      while (!gated.reached.load(std::memory_order_acquire)) std::this_thread::yield();
+      ASSERT_FALSE(batch.submit(operations, done));
+      gated.closed.store(false, std::memory_order_release);
+      ASSERT_TRUE(batch.wait(20s)) << "the batch was lost";
+      std::size_t failures = 0;
+      for (const Completion& c : done) failures += c.ok() ? 0 : 1;
+      EXPECT_EQ(batch.failures(), failures);
+      EXPECT_LE(failures, 2U) << "one may be given up, and what was to unmap it";
     }
-    EXPECT_GT(n, 5U) << "the sweep reached hardly anything";
-  }
+    std::array<Completion, 1> first;
+    ASSERT_EQ(queue_.wait(first, 1, 20s), 1U);
+    core.reset();
+    registered_ = Memory{};
+  });
 }
 
 /// A handler works in an address space that has no worker of its own, or one of another node, and its thread ends

@@ -112,6 +112,15 @@ class Stage1Test : public testing::TestWithParam<Nesting> {
     return model_->device(device).dma_read(Iova{iova}, bytes).ok() &&
            std::equal(bytes.begin(), bytes.end(), memory.begin());
   }
+  /// Maps 40 pages with a hole behind each, and leaves their unmaps in `unmaps`.
+  void map_apart(RegionId region, const Memory& memory, std::vector<BackendOp>& unmaps) {
+    for (std::uint64_t i = 0; i < 40; ++i) {
+      const IovaRange where = at(base + 2 * i * k4, 1);
+      ASSERT_TRUE(map(region, where, i * k4).error.ok());
+      ASSERT_TRUE(reads(where.start.value, memory.page(i)));
+      unmaps.push_back({.kind = OpKind::unmap, .range = where});
+    }
+  }
   std::uint64_t invalidations() const { return kernel_->calls(uapi::iommufd::HwptInvalidate::request); }
 
   std::unique_ptr<model::ModelKernel> model_;
@@ -172,11 +181,7 @@ TEST_P(Stage1Test, an_invalidation_that_stops_half_way_goes_on_from_there) {
   for (const int stop_after : {0, 1, 17, 99}) {
     if (stop_after == 99) deaf_->untouched = 3;
     std::vector<BackendOp> ops;
-    for (std::uint64_t i = 0; i < 40; ++i) {
-      ASSERT_TRUE(map(region, at(base + 2 * i * k4, 1), i * k4).error.ok());
-      ASSERT_TRUE(reads(base + 2 * i * k4, memory.page(i)));
-      ops.push_back({.kind = OpKind::unmap, .range = at(base + 2 * i * k4, 1)});
-    }
+    ASSERT_NO_FATAL_FAILURE(map_apart(region, memory, ops));
     std::vector<BackendOpResult> results(ops.size());
     deaf_->stop_after = stop_after;
     space_->execute(ops, results);
@@ -191,11 +196,7 @@ TEST_P(Stage1Test, an_unmap_whose_invalidation_is_refused_does_not_spoil_the_oth
   const Memory memory{40};
   const RegionId region = registered(memory);
   std::vector<BackendOp> ops;
-  for (std::uint64_t i = 0; i < 40; ++i) {
-    ASSERT_TRUE(map(region, at(base + 2 * i * k4, 1), i * k4).error.ok());
-    ASSERT_TRUE(reads(base + 2 * i * k4, memory.page(i)));
-    ops.push_back({.kind = OpKind::unmap, .range = at(base + 2 * i * k4, 1)});
-  }
+  ASSERT_NO_FATAL_FAILURE(map_apart(region, memory, ops));
   std::vector<BackendOpResult> results(ops.size());
   deaf_->sick_iova = base + 2 * 17 * k4;
   space_->execute(ops, results);
